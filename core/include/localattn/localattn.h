@@ -1,0 +1,228 @@
+/* localattn: local (sliding-window) attention on images, signals and video.
+ *
+ * Every query attends to a window of keys around it:
+ *
+ *     score[q, u]  = scale * dot(query[q], key[k(q, u)]) + bias[q, u]
+ *     output[q]    = sum_u softmax_u(score[q, :]) * value[k(q, u)]
+ *     lse[q]       = log sum_u exp(score[q, u])                    (natural logarithm)
+ *
+ * where u runs over the entries of a kernel_size window. Which key k(q, u) is follows the window rule below.
+ *
+ * The contract, for every function here
+ * -------------------------------------
+ * - C99. No function exits, aborts, throws or prints. Every failure is a status, and localattn_last_error()
+ *   gives, to the thread that made the call, one sentence that names the field, its value and what is allowed.
+ *   A failed call has read no tensor and written none.
+ * - Structs are plain and append-only. Set `struct_size = sizeof(the struct)` and zero everything else
+ *   (LOCALATTN_INIT does both); then zero means the default. A shorter struct than this header's is completed
+ *   with zeros; a longer one is accepted if what this library does not know of it is zero.
+ * - Tensors are a data pointer and element strides. Any layout is accepted (channels-last, channels-first, views,
+ *   negative strides); a stride of 0 broadcasts an input. Results must not overlap one another or an input.
+ *   Offsets are computed in 64 bits.
+ * - Nothing is kept between calls. Calls from several threads at once are safe.
+ * - The same variant gives the same bits for every number of workers.
+ *
+ * The window rule, for one axis
+ * -----------------------------
+ * With Lq queries, Lk keys, kernel size k, stride s (1 <= s <= k) and dilation d, query i has
+ *   1. its centre c = floor((2i+1) * Lk / (2 * Lq)), the nearest key (i itself when Lq = Lk);
+ *   2. dilation splits the keys into residue classes modulo d; in class c % d, which holds n keys, c becomes c / d;
+ *   3. leader = (c/s)*s + s/2, on a causal axis (c/s)*s + s-1; under border shift and on causal axes at most n-1;
+ *   4. entries u = 0..k-1 are the keys start + u of that class, where start is
+ *        border shift:  max(0, min(leader - k/2, n - k)); entries >= n are absent        (NATTEN)
+ *        border mask:   leader - k/2; entries outside the map are left out
+ *        border zero:   the same; entries outside stay in the softmax with score 0 (plus bias) and value 0
+ *        causal axis:   max(leader - k + 1, 0), and entries after c are absent, whatever the border.
+ * Several axes combine by product; entries are numbered in raster order. With `raster_causal` (odd kernels,
+ * stride 1, border mask or zero) only the first prod(k)/2 + 1 entries in raster order remain, the centre last.
+ * A query that sees no key gives zeros, lse = -infinity and zero gradients.
+ */
+#ifndef LOCALATTN_LOCALATTN_H
+#define LOCALATTN_LOCALATTN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define LOCALATTN_VERSION_MAJOR 0
+#define LOCALATTN_VERSION_MINOR 1
+#define LOCALATTN_VERSION_PATCH 0
+
+#if defined(LOCALATTN_STATIC)
+#define LOCALATTN_API
+#else
+#define LOCALATTN_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum localattn_status {
+    LOCALATTN_OK = 0,
+    LOCALATTN_INVALID_ARGUMENT = 1,    /* a field's value is not allowed */
+    LOCALATTN_UNSUPPORTED_DTYPE = 2,   /* the dtype is unknown, or no variant built here computes it */
+    LOCALATTN_UNSUPPORTED = 3,         /* valid, but nothing built here, or the forced variant, can do it */
+    LOCALATTN_WORKSPACE_TOO_SMALL = 4, /* context.workspace_size is below what the query function answers */
+    LOCALATTN_OUT_OF_MEMORY = 5,       /* the host could not give the scratch memory */
+    LOCALATTN_DEVICE_ERROR = 6,        /* the device or its driver failed, or there is none */
+    LOCALATTN_INTERNAL_ERROR = 7       /* a defect of this library */
+} localattn_status;
+
+typedef enum localattn_dtype {
+    LOCALATTN_FLOAT32 = 0,
+    LOCALATTN_FLOAT64 = 1,
+    LOCALATTN_FLOAT16 = 2, /* IEEE binary16 */
+    LOCALATTN_BFLOAT16 = 3
+} localattn_dtype;
+
+typedef enum localattn_border {
+    LOCALATTN_BORDER_MASK = 0,
+    LOCALATTN_BORDER_ZERO = 1,
+    LOCALATTN_BORDER_SHIFT = 2
+} localattn_border;
+
+typedef enum localattn_device {
+    LOCALATTN_CPU = 0,
+    LOCALATTN_CUDA = 1
+} localattn_device;
+
+typedef enum localattn_pass {
+    LOCALATTN_FORWARD = 0,
+    LOCALATTN_BACKWARD = 1
+} localattn_pass;
+
+/* Runs work on the caller's threads. `run` must call task(argument, i) once for every i in [0, num_tasks), in any
+ * order, concurrently or one after another, and return when all have returned; num_tasks <= num_workers. */
+typedef struct localattn_executor {
+    void *self;
+    int32_t num_workers; /* >= 1 */
+    void (*run)(void *self, int32_t num_tasks, void (*task)(void *argument, int32_t index), void *argument);
+} localattn_executor;
+
+/* Where and with what a call runs. NULL instead of a context means all defaults: the CPU, all its cores. */
+typedef struct localattn_context {
+    size_t struct_size;
+    int32_t device_type;                /* localattn_device */
+    int32_t device_index;               /* CUDA: the device's number */
+    void *stream;                       /* CUDA: the cudaStream_t to launch on */
+    const localattn_executor *executor; /* CPU: NULL starts threads for the call and joins them before it returns */
+    int32_t num_threads;                /* CPU without an executor: how many; 0 is one per core this process may use */
+    int32_t reserved;
+    void *workspace;       /* 64-byte aligned scratch, or NULL: the CPU then takes and returns memory itself */
+    size_t workspace_size; /* bytes */
+    const char *variant;   /* force a variant by name; NULL or "" takes the best that accepts. Without a name here the
+                              environment's LOCALATTN_CPU_ISA forces one */
+} localattn_context;
+
+/* A strided tensor; strides count elements. Only the strides that its role gives an axis are read. */
+typedef struct localattn_tensor {
+    void *data; /* NULL: absent */
+    int64_t batch_stride;
+    int64_t spatial_stride[3]; /* the first `rank` are read, in the order of query_extent */
+    int64_t head_stride;
+    int64_t channel_stride; /* or the stride of the window entry, where the role has that axis */
+} localattn_tensor;
+
+/* Fused window attention, forward and backward.
+ *
+ * The forward reads query, key, value (and biases, key_mask) and writes output and, if given, lse.
+ * The backward reads those inputs, output, lse (both as the forward wrote them), grad_output and, if given, grad_lse;
+ * it writes each grad_* that is given.
+ *
+ * Element types: `dtype` for query, key, value, output, the biases, and the gradients of the first five. float32
+ * (float64 for float64) for lse, grad_lse and the gradients of biases. uint8 for key_mask. Sums are accumulated in
+ * float32 or wider, float64 in float64. */
+typedef struct localattn_attention_params {
+    size_t struct_size;
+    int32_t dtype; /* localattn_dtype */
+    int32_t rank;  /* 1, 2 or 3 spatial axes */
+    int64_t batch;
+    int64_t heads;          /* of query */
+    int64_t kv_heads;       /* divides heads; 0 means heads. Query head h uses key head h / (heads / kv_heads) */
+    int64_t channels;       /* of query and key, per head; at least 1 */
+    int64_t value_channels; /* of value and output, per head; 0 means channels */
+    int64_t query_extent[3];
+    int64_t key_extent[3]; /* 0 is an empty map, which no query sees */
+    int64_t kernel_size[3];
+    int64_t stride[3];   /* 0 means 1; at most kernel_size */
+    int64_t dilation[3]; /* 0 means 1 */
+    int32_t is_causal[3];
+    int32_t raster_causal;
+    int32_t border;    /* localattn_border */
+    int32_t has_scale; /* 0: scale is channels^-0.5 */
+    double scale;
+
+    localattn_tensor query;        /* (batch, *query_extent, heads, channels) */
+    localattn_tensor key;          /* (batch, *key_extent, kv_heads, channels) */
+    localattn_tensor value;        /* (batch, *key_extent, kv_heads, value_channels) */
+    localattn_tensor bias;         /* (batch, *query_extent, heads, prod(kernel_size)); added to the score */
+    localattn_tensor rel_pos_bias; /* (heads, 2*kernel_size-1 per axis in spatial_stride): key - centre + k - 1, in
+                                      dilated coordinates */
+    localattn_tensor axis_bias[3]; /* each (batch, *query_extent, heads, kernel_size of that axis) */
+    localattn_tensor key_mask;     /* (batch, *key_extent), uint8: nonzero attends, 0 leaves that key out */
+
+    localattn_tensor output; /* (batch, *query_extent, heads, value_channels) */
+    localattn_tensor lse;    /* (batch, *query_extent, heads) */
+
+    localattn_tensor grad_output; /* like output */
+    localattn_tensor grad_lse;    /* like lse */
+    localattn_tensor grad_query;
+    localattn_tensor grad_key;
+    localattn_tensor grad_value;
+    localattn_tensor grad_bias; /* shaped as the bias; a stride of 0 sums over that axis */
+    localattn_tensor grad_rel_pos_bias;
+    localattn_tensor grad_axis_bias[3];
+} localattn_attention_params;
+
+/* localattn_attention_params p = LOCALATTN_INIT(localattn_attention_params); */
+#ifdef __cplusplus
+#define LOCALATTN_INIT(type) (type{sizeof(type)})
+#else
+#define LOCALATTN_INIT(type) ((type){.struct_size = sizeof(type)})
+#endif
+
+/* Forward and backward. Errors: every status above. */
+LOCALATTN_API localattn_status localattn_attention_forward(const localattn_context *context,
+                                                           const localattn_attention_params *params);
+LOCALATTN_API localattn_status localattn_attention_backward(const localattn_context *context,
+                                                            const localattn_attention_params *params);
+
+/* Bytes of workspace that the same call would use with this context's executor or num_threads. Data pointers may be
+ * NULL here, except that which optional tensors are present must be told (any non-NULL pointer; it is not read). */
+LOCALATTN_API localattn_status localattn_attention_workspace_size(const localattn_context *context,
+                                                                  const localattn_attention_params *params,
+                                                                  localattn_pass pass, size_t *size);
+
+/* The variant that would serve the call. `name` (may be NULL) receives a string that lives as long as the library;
+ * `report` (may be NULL) of report_size bytes receives one line per better variant that declined, "name: reason\n",
+ * cut to fit and always terminated. Data pointers as for the workspace query. */
+LOCALATTN_API localattn_status localattn_attention_variant(const localattn_context *context,
+                                                           const localattn_attention_params *params,
+                                                           localattn_pass pass, const char **name, char *report,
+                                                           size_t report_size);
+
+/* The variants built into this library, best first: 0 <= index < localattn_variant_count(). `unavailable` is NULL if
+ * this machine can run it, else the reason. All strings live as long as the library. */
+typedef struct localattn_variant_info {
+    size_t struct_size;
+    const char *name;
+    const char *description;
+    const char *unavailable;
+} localattn_variant_info;
+
+LOCALATTN_API int32_t localattn_variant_count(void);
+LOCALATTN_API localattn_status localattn_get_variant_info(int32_t index, localattn_variant_info *info);
+
+/* "major.minor.patch" of the library that is running, which may be newer than this header. */
+LOCALATTN_API const char *localattn_version(void);
+/* Compiler, build type and languages the library was built with, for bug reports. */
+LOCALATTN_API const char *localattn_build_info(void);
+/* The sentence for this thread's last failed call; "" if none failed yet. Valid until this thread's next call. */
+LOCALATTN_API const char *localattn_last_error(void);
+/* The status's name, as in "LOCALATTN_INVALID_ARGUMENT". */
+LOCALATTN_API const char *localattn_status_name(localattn_status status);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
