@@ -1,0 +1,368 @@
+// localattn's operators for PyTorch: each schema beside its registration, tensors turned into the C API's params, and
+// torch's thread pool lent to the core. Nothing is computed here. Checked here is what makes tensors into one problem
+// (dimensions, sizes that must agree, dtypes); the ranges of all numbers are the core's to check.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <localattn/localattn.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+localattn_dtype dtype_of(const Tensor &query) {
+    switch (query.scalar_type()) {
+        case at::kFloat: return LOCALATTN_FLOAT32;
+        case at::kDouble: return LOCALATTN_FLOAT64;
+        case at::kHalf: return LOCALATTN_FLOAT16;
+        case at::kBFloat16: return LOCALATTN_BFLOAT16;
+        default:
+            TORCH_CHECK_TYPE(false, "query must be float32, float64, float16 or bfloat16, got ", query.scalar_type());
+    }
+}
+
+at::ScalarType accumulation_dtype(const Tensor &query) {
+    return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_dtype(const char *name, const Tensor &tensor, at::ScalarType expected) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == expected, name, " must be ", expected, ", got ", tensor.scalar_type());
+}
+
+void check_shape(const char *name, const Tensor &tensor, at::IntArrayRef expected) {
+    TORCH_CHECK_VALUE(tensor.sizes() == expected, name, " must have shape ", expected, ", got ", tensor.sizes());
+}
+
+// `tensor` seen in `shape`, with stride 0 along broadcast axes.
+Tensor broadcast(const char *name, const Tensor &tensor, const Shape &shape) {
+    bool fits = tensor.dim() <= static_cast<int64_t>(shape.size());
+    for (int64_t i = 1; fits && i <= tensor.dim(); ++i) {
+        fits = tensor.size(-i) == 1 || tensor.size(-i) == shape[shape.size() - i];
+    }
+    TORCH_CHECK_VALUE(fits, name, " must be broadcastable to shape ", at::IntArrayRef(shape), ", got ", tensor.sizes());
+    return tensor.expand(shape);
+}
+
+// What the roles of a tensor's axes are; the spatial axes lie where the others leave room.
+enum class Axes { batch_spatial_head_channel, batch_spatial_head, batch_spatial, head_spatial };
+
+localattn_tensor described(const Tensor &tensor, Axes axes) {
+    static char empty;  // what an empty tensor points to: NULL would say that it is absent
+    const bool has_batch = axes != Axes::head_spatial;
+    const int64_t after = axes == Axes::batch_spatial_head_channel ? 2 : axes == Axes::batch_spatial_head ? 1 : 0;
+    localattn_tensor result{};
+    result.data = tensor.numel() ? const_cast<void *>(tensor.const_data_ptr()) : &empty;
+    for (int64_t i = 1; i < tensor.dim() - after; ++i) result.spatial_stride[i - 1] = tensor.stride(i);
+    (has_batch ? result.batch_stride : result.head_stride) = tensor.stride(0);
+    if (after >= 1) result.head_stride = tensor.stride(-after);
+    if (after == 2) result.channel_stride = tensor.stride(-1);
+    return result;
+}
+
+// An output for `channels` channels in the memory order of `like` (batch, *spatial, heads, channels): channels-first
+// where that is, otherwise contiguous. localattn/_fake.py says the same.
+Tensor empty_ordered_as(const Tensor &like, int64_t channels) {
+    const int64_t rank = like.dim() - 3;
+    const bool channels_first =
+        like.size(-1) > 1 && like.size(rank) > 1 && like.stride(-1) != 1 && like.stride(rank) == 1;
+    if (!channels_first) {
+        Shape shape = like.sizes().vec();
+        shape.back() = channels;
+        return at::empty(shape, like.options());
+    }
+    Shape shape{like.size(0), like.size(-2), channels};
+    Shape order{0};
+    for (int64_t i = 1; i <= rank; ++i) {
+        shape.push_back(like.size(i));
+        order.push_back(i + 2);
+    }
+    order.insert(order.end(), {1, 2});
+    return at::empty(shape, like.options()).permute(order);
+}
+
+// The arguments that both passes take, and the params they become. Keeps the broadcast views alive.
+struct Attention {
+    Tensor query, key, value;
+    std::array<OptionalTensor, 5> biases;  // bias, rel_pos_bias and one for each axis
+    localattn_attention_params params{};
+    Shape lse_shape;                   // (batch, *query_extent, heads)
+    std::array<Shape, 5> bias_shapes;  // what each broadcasts to
+
+    Attention(Tensor query_, Tensor key_, Tensor value_, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+              at::IntArrayRef dilation, const c10::List<bool> &is_causal, bool raster_causal,
+              const std::string &border, std::optional<double> scale, std::array<OptionalTensor, 5> biases_,
+              const OptionalTensor &key_mask)
+        : query(std::move(query_)), key(std::move(key_)), value(std::move(value_)), biases(std::move(biases_)) {
+        const int64_t rank = query.dim() - 3;
+        check_tensors(rank);
+        params.struct_size = sizeof params;
+        params.dtype = dtype_of(query);
+        params.rank = static_cast<int32_t>(rank);
+        params.batch = query.size(0);
+        params.heads = query.size(-2);
+        params.kv_heads = key.size(-2);
+        params.channels = query.size(-1);
+        params.value_channels = value.size(-1);
+        params.raster_causal = raster_causal;
+        params.border = border_named(border);
+        params.has_scale = scale.has_value();
+        params.scale = scale.value_or(0);
+        params.query = described(query, Axes::batch_spatial_head_channel);
+        params.key = described(key, Axes::batch_spatial_head_channel);
+        params.value = described(value, Axes::batch_spatial_head_channel);
+        set_window(rank, kernel_size, stride, dilation, is_causal);
+        set_biases(rank);
+        if (key_mask) {
+            check_dtype("key_mask", *key_mask, at::kBool);
+            key_mask_ = broadcast("key_mask", *key_mask, Shape(key.sizes().begin(), key.sizes().end() - 2));
+            params.key_mask = described(key_mask_, Axes::batch_spatial);
+        }
+    }
+
+private:
+    Tensor key_mask_;
+    std::array<Tensor, 5> broadcast_biases_;
+
+    void check_tensors(int64_t rank) const {
+        TORCH_CHECK_VALUE(rank >= 1 && rank <= 3,
+                          "query must be (batch, one to three spatial axes, heads, channels), got shape ",
+                          query.sizes());
+        TORCH_CHECK_VALUE(key.dim() == query.dim(), "key must have as many dimensions as query, ", query.dim(),
+                          ", got shape ", key.sizes());
+        TORCH_CHECK_VALUE(key.size(0) == query.size(0), "key must have the batch of query, ", query.size(0),
+                          ", got shape ", key.sizes());
+        TORCH_CHECK_VALUE(key.size(-1) == query.size(-1), "key must have the width of query, ", query.size(-1),
+                          ", got shape ", key.sizes());
+        // The C API takes a zero of these for a default.
+        TORCH_CHECK_VALUE(key.size(-2) > 0, "key must have at least 1 head, got shape ", key.sizes());
+        Shape value_shape = key.sizes().vec();
+        value_shape.back() = value.dim() ? value.size(-1) : 0;
+        TORCH_CHECK_VALUE(value.sizes() == value_shape, "value must have the batch, extents and heads of key, ",
+                          key.sizes().slice(0, key.dim() - 1), ", got shape ", value.sizes());
+        TORCH_CHECK_VALUE(value.size(-1) > 0, "value must have at least 1 channel, got shape ", value.sizes());
+        check_dtype("key", key, query.scalar_type());
+        check_dtype("value", value, query.scalar_type());
+    }
+
+    static localattn_border border_named(const std::string &name) {
+        if (name == "mask") return LOCALATTN_BORDER_MASK;
+        if (name == "zero") return LOCALATTN_BORDER_ZERO;
+        if (name == "shift") return LOCALATTN_BORDER_SHIFT;
+        TORCH_CHECK_VALUE(false, "border must be 'mask', 'zero' or 'shift', got '", name, "'");
+    }
+
+    void set_window(int64_t rank, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef dilation,
+                    const c10::List<bool> &is_causal) {
+        const auto check_length = [&](const char *name, size_t length) {
+            TORCH_CHECK_VALUE(static_cast<int64_t>(length) == rank, name, " must have one entry for each of the ",
+                              rank, " spatial axes, got ", length);
+        };
+        check_length("kernel_size", kernel_size.size());
+        check_length("stride", stride.size());
+        check_length("dilation", dilation.size());
+        check_length("is_causal", is_causal.size());
+        for (int64_t a = 0; a < rank; ++a) {
+            // The C API takes a zero of these for a default.
+            TORCH_CHECK_VALUE(stride[a] != 0, "stride must be at least 1, got ", stride);
+            TORCH_CHECK_VALUE(dilation[a] != 0, "dilation must be at least 1, got ", dilation);
+            params.query_extent[a] = query.size(a + 1);
+            params.key_extent[a] = key.size(a + 1);
+            params.kernel_size[a] = kernel_size[a];
+            params.stride[a] = stride[a];
+            params.dilation[a] = dilation[a];
+            params.is_causal[a] = is_causal[a];
+        }
+    }
+
+    void set_biases(int64_t rank) {
+        lse_shape = Shape(query.sizes().begin(), query.sizes().end() - 1);
+        int64_t window = 1;
+        Shape table{params.heads};
+        for (int64_t a = 0; a < rank; ++a) {
+            // Only so that no shape below overflows; the core rejects such sizes with their limits.
+            const int64_t kernel = std::min(std::max<int64_t>(params.kernel_size[a], 0), int64_t{1} << 20);
+            window *= kernel;
+            table.push_back(2 * kernel - 1);
+            bias_shapes[2 + a] = lse_shape;
+            bias_shapes[2 + a].push_back(kernel);
+        }
+        bias_shapes[0] = lse_shape;
+        bias_shapes[0].push_back(window);
+        bias_shapes[1] = table;
+        static constexpr const char *names[] = {"bias", "rel_pos_bias", "axis_bias[0]", "axis_bias[1]", "axis_bias[2]"};
+        for (int64_t i = 0; i < 5; ++i) {
+            if (!biases[i]) continue;
+            TORCH_CHECK_VALUE(i < 2 + rank, names[i], " must be None for ", rank, " spatial axes");
+            check_dtype(names[i], *biases[i], query.scalar_type());
+            if (i == 1) check_shape(names[i], *biases[i], bias_shapes[i]);
+            broadcast_biases_[i] = broadcast(names[i], *biases[i], bias_shapes[i]);
+            bias_param(i) = described(broadcast_biases_[i], bias_axes(i));
+        }
+    }
+
+    localattn_tensor &bias_param(int64_t i) {
+        return i == 0 ? params.bias : i == 1 ? params.rel_pos_bias : params.axis_bias[i - 2];
+    }
+
+public:
+    static Axes bias_axes(int64_t i) { return i == 1 ? Axes::head_spatial : Axes::batch_spatial_head_channel; }
+
+    localattn_tensor &bias_gradient_param(int64_t i) {
+        return i == 0 ? params.grad_bias : i == 1 ? params.grad_rel_pos_bias : params.grad_axis_bias[i - 2];
+    }
+};
+
+void check(localattn_status status) {
+    switch (status) {
+        case LOCALATTN_OK: return;
+        case LOCALATTN_INVALID_ARGUMENT: TORCH_CHECK_VALUE(false, localattn_last_error());
+        case LOCALATTN_UNSUPPORTED_DTYPE: TORCH_CHECK_TYPE(false, localattn_last_error());
+        case LOCALATTN_UNSUPPORTED: TORCH_CHECK_NOT_IMPLEMENTED(false, localattn_last_error());
+        default: TORCH_CHECK(false, localattn_status_name(status), ": ", localattn_last_error());
+    }
+}
+
+// Runs the core's tasks on torch's own threads, as many as torch.set_num_threads allows.
+void run_on_torch_threads(void *, int32_t num_tasks, void (*task)(void *, int32_t), void *argument) {
+    at::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) task(argument, static_cast<int32_t>(i));
+    });
+}
+
+// The calling thread's context: the CPU, with torch's threads.
+struct Context {
+    const localattn_executor executor{nullptr, at::in_parallel_region() ? 1 : at::get_num_threads(),
+                                      run_on_torch_threads};
+    localattn_context context{};
+
+    Context() {
+        context.struct_size = sizeof context;
+        context.device_type = LOCALATTN_CPU;
+        context.executor = &executor;
+    }
+    Context(const Context &) = delete;
+};
+
+#define ATTENTION_SCHEMA                                                                                              \
+    "Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "     \
+    "bool raster_causal, str border, float? scale, Tensor? bias, Tensor? rel_pos_bias, Tensor? axis_bias_0, "         \
+    "Tensor? axis_bias_1, Tensor? axis_bias_2, Tensor? key_mask"
+
+std::tuple<Tensor, Tensor> attention(const Tensor &query, const Tensor &key, const Tensor &value,
+                                     at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef dilation,
+                                     const c10::List<bool> &is_causal, bool raster_causal, const std::string &border,
+                                     std::optional<double> scale, const OptionalTensor &bias,
+                                     const OptionalTensor &rel_pos_bias, const OptionalTensor &axis_bias_0,
+                                     const OptionalTensor &axis_bias_1, const OptionalTensor &axis_bias_2,
+                                     const OptionalTensor &key_mask) {
+    Attention problem(query, key, value, kernel_size, stride, dilation, is_causal, raster_causal, border, scale,
+                      {bias, rel_pos_bias, axis_bias_0, axis_bias_1, axis_bias_2}, key_mask);
+    Tensor output = empty_ordered_as(query, value.size(-1));
+    Tensor lse = at::empty(problem.lse_shape, query.options().dtype(accumulation_dtype(query)));
+    problem.params.output = described(output, Axes::batch_spatial_head_channel);
+    problem.params.lse = described(lse, Axes::batch_spatial_head);
+    const Context on;
+    check(localattn_attention_forward(&on.context, &problem.params));
+    return {output, lse};
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients attention_backward(const Tensor &grad_output, const OptionalTensor &grad_lse, const Tensor &query,
+                             const Tensor &key, const Tensor &value, const Tensor &output, const Tensor &lse,
+                             at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef dilation,
+                             const c10::List<bool> &is_causal, bool raster_causal, const std::string &border,
+                             std::optional<double> scale, const OptionalTensor &bias,
+                             const OptionalTensor &rel_pos_bias, const OptionalTensor &axis_bias_0,
+                             const OptionalTensor &axis_bias_1, const OptionalTensor &axis_bias_2,
+                             const OptionalTensor &key_mask, std::array<bool, 8> needs_gradient) {
+    Attention problem(query, key, value, kernel_size, stride, dilation, is_causal, raster_causal, border, scale,
+                      {bias, rel_pos_bias, axis_bias_0, axis_bias_1, axis_bias_2}, key_mask);
+    Shape output_shape = problem.lse_shape;
+    output_shape.push_back(value.size(-1));
+    const at::ScalarType accumulated = accumulation_dtype(query);
+    check_shape("output", output, output_shape);
+    check_dtype("output", output, query.scalar_type());
+    check_shape("grad_output", grad_output, output_shape);
+    check_dtype("grad_output", grad_output, query.scalar_type());
+    check_shape("lse", lse, problem.lse_shape);
+    check_dtype("lse", lse, accumulated);
+    problem.params.output = described(output, Axes::batch_spatial_head_channel);
+    problem.params.lse = described(lse, Axes::batch_spatial_head);
+    problem.params.grad_output = described(grad_output, Axes::batch_spatial_head_channel);
+    if (grad_lse) {
+        check_shape("grad_lse", *grad_lse, problem.lse_shape);
+        check_dtype("grad_lse", *grad_lse, accumulated);
+        problem.params.grad_lse = described(*grad_lse, Axes::batch_spatial_head);
+    }
+
+    const Tensor unneeded = at::empty({0}, query.options());
+    std::array<Tensor, 8> gradients;
+    gradients.fill(unneeded);
+    const Tensor *inputs[] = {&query, &key, &value};
+    localattn_tensor *slots[] = {&problem.params.grad_query, &problem.params.grad_key, &problem.params.grad_value};
+    for (int64_t i = 0; i < 3; ++i) {
+        if (!needs_gradient[i]) continue;
+        gradients[i] = empty_ordered_as(*inputs[i], inputs[i]->size(-1));
+        *slots[i] = described(gradients[i], Axes::batch_spatial_head_channel);
+    }
+    for (int64_t i = 0; i < 5; ++i) {
+        if (!needs_gradient[3 + i] || !problem.biases[i]) continue;
+        // In the bias's own shape: seen in the full one its broadcast axes have stride 0, over which the core sums.
+        gradients[3 + i] = at::empty(problem.biases[i]->sizes(), query.options().dtype(accumulated));
+        problem.bias_gradient_param(i) =
+            described(gradients[3 + i].expand(problem.bias_shapes[i]), Attention::bias_axes(i));
+    }
+    const Context on;
+    check(localattn_attention_backward(&on.context, &problem.params));
+    for (int64_t i = 3; i < 8; ++i) gradients[i] = gradients[i].to(query.scalar_type());
+    return std::tuple_cat(gradients);
+}
+
+// The variant that would take the problem, and a line for each better one that declined.
+std::tuple<std::string, std::string> attention_variant(
+    const Tensor &query, const Tensor &key, const Tensor &value, at::IntArrayRef kernel_size, at::IntArrayRef stride,
+    at::IntArrayRef dilation, const c10::List<bool> &is_causal, bool raster_causal, const std::string &border,
+    std::optional<double> scale, const OptionalTensor &bias, const OptionalTensor &rel_pos_bias,
+    const OptionalTensor &axis_bias_0, const OptionalTensor &axis_bias_1, const OptionalTensor &axis_bias_2,
+    const OptionalTensor &key_mask, bool backward) {
+    Attention problem(query, key, value, kernel_size, stride, dilation, is_causal, raster_causal, border, scale,
+                      {bias, rel_pos_bias, axis_bias_0, axis_bias_1, axis_bias_2}, key_mask);
+    const Context on;
+    const char *name = nullptr;
+    char report[4096];
+    check(localattn_attention_variant(&on.context, &problem.params, backward ? LOCALATTN_BACKWARD : LOCALATTN_FORWARD,
+                                      &name, report, sizeof report));
+    return {name, report};
+}
+
+TORCH_LIBRARY(localattn, library) {
+    library.def("attention(" ATTENTION_SCHEMA ") -> (Tensor output, Tensor lse)");
+    // A gradient that is not needed comes back as an empty tensor.
+    library.def(
+        "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+        "Tensor output, Tensor lse, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "
+        "bool raster_causal, str border, float? scale, Tensor? bias, Tensor? rel_pos_bias, Tensor? axis_bias_0, "
+        "Tensor? axis_bias_1, Tensor? axis_bias_2, Tensor? key_mask, bool[8] needs_gradient) -> (Tensor grad_query, "
+        "Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_rel_pos_bias, Tensor grad_axis_bias_0, "
+        "Tensor grad_axis_bias_1, Tensor grad_axis_bias_2)");
+    library.def("attention_variant(" ATTENTION_SCHEMA ", bool backward) -> (str name, str report)");
+}
+
+TORCH_LIBRARY_IMPL(localattn, CPU, library) {
+    library.impl("attention", &attention);
+    library.impl("attention_backward", &attention_backward);
+    library.impl("attention_variant", &attention_variant);
+}
+
+}  // namespace
