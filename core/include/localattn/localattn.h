@@ -174,9 +174,14 @@ typedef struct localattn_attention_params {
     localattn_tensor grad_axis_bias[3];
 } localattn_attention_params;
 
-/* localattn_attention_params p = LOCALATTN_INIT(localattn_attention_params); */
+/* localattn_attention_params p = LOCALATTN_INIT(localattn_attention_params); zeroed, but for its struct_size. */
 #ifdef __cplusplus
-#define LOCALATTN_INIT(type) (type{sizeof(type)})
+#define LOCALATTN_INIT(type)                \
+    ([] {                                   \
+        type zeroed{};                      \
+        zeroed.struct_size = sizeof zeroed; \
+        return zeroed;                      \
+    }())
 #else
 #define LOCALATTN_INIT(type) ((type){.struct_size = sizeof(type)})
 #endif

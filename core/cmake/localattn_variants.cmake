@@ -1,0 +1,11 @@
+# localattn_cpu_variant(<file> [<flag>...])
+#
+# Adds one variant: src/cpu/isa/<name>.cpp, which defines the record <name>_variant, compiled with its own flags. Call it
+# best first: dispatch.cpp tries variants in this order. Only these files may get instruction set flags. A flag on any
+# other file would let the compiler use those instructions in code that runs before the CPU has been asked.
+function(localattn_cpu_variant file)
+    get_filename_component(name ${file} NAME_WE)
+    target_sources(localattn_objects PRIVATE ${file})
+    set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${ARGN}")
+    set_property(TARGET localattn_objects APPEND PROPERTY LOCALATTN_CPU_VARIANTS ${name})
+endfunction()

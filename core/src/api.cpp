@@ -1,0 +1,168 @@
+// The entry points: check, choose, run. Whatever is thrown inside ends here as a status.
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "build.h"
+#include "cpu_features.h"
+#include "dispatch.h"
+#include "empty.h"
+#include "error.h"
+#include "localattn/localattn.h"
+#include "parallel.h"
+#include "validate.h"
+
+namespace localattn {
+
+namespace {
+
+template <class Body>
+localattn_status guarded(Body body) noexcept {
+    try {
+        body();
+        return LOCALATTN_OK;
+    } catch (const Failure &failure) {
+        return failure.status;
+    } catch (const std::bad_alloc &) {
+        set_last_error("the host has no memory left for this call's scratch");
+        return LOCALATTN_OUT_OF_MEMORY;
+    } catch (const std::exception &e) {
+        // Not ours: nothing inside throws these. An executor written in C++ may.
+        set_last_error(e.what());
+        return LOCALATTN_INTERNAL_ERROR;
+    } catch (...) {
+        set_last_error("an exception of unknown type came out of the call, most likely out of its executor");
+        return LOCALATTN_INTERNAL_ERROR;
+    }
+}
+
+Pass checked_pass(localattn_pass pass) {
+    const int value = pass;
+    if (value != LOCALATTN_FORWARD && value != LOCALATTN_BACKWARD) {
+        fail(LOCALATTN_INVALID_ARGUMENT, "pass is %d, but must be 0 (forward) or 1 (backward)", value);
+    }
+    return static_cast<Pass>(value);
+}
+
+size_t needed_workspace(const Variant &variant, const Problem &problem, Pass pass, const Workers &workers) {
+    return is_empty(problem) ? 0 : variant.workspace(problem, pass, workers.count);
+}
+
+struct Free {
+    void operator()(void *memory) const { std::free(memory); }
+};
+
+void attention(const localattn_context *given_context, const localattn_attention_params *params, Pass pass) {
+    const localattn_context context = checked_context(given_context);
+    const Problem problem = make_problem(checked_params(params, pass, Data::used));
+    Report unread;
+    const Variant &variant = choose_variant(problem, pass, context.variant, unread);
+    const Workers workers = workers_for(context, problem);
+    const size_t needed = needed_workspace(variant, problem, pass, workers);
+    check_workspace(context, needed);
+    if (is_empty(problem)) return answer_empty(problem, pass);
+
+    std::unique_ptr<void, Free> own;
+    if (!context.workspace && needed) {
+        own.reset(std::aligned_alloc(64, (needed + 63) / 64 * 64));
+        if (!own) fail(LOCALATTN_OUT_OF_MEMORY, "the host could not give %zu bytes of scratch memory", needed);
+    }
+    variant.run(problem, pass, workers, context.workspace ? context.workspace : own.get());
+}
+
+}  // namespace
+
+}  // namespace localattn
+
+using namespace localattn;
+
+localattn_status localattn_attention_forward(const localattn_context *context,
+                                             const localattn_attention_params *params) {
+    return guarded([&] { attention(context, params, Pass::forward); });
+}
+
+localattn_status localattn_attention_backward(const localattn_context *context,
+                                              const localattn_attention_params *params) {
+    return guarded([&] { attention(context, params, Pass::backward); });
+}
+
+localattn_status localattn_attention_workspace_size(const localattn_context *given_context,
+                                                    const localattn_attention_params *params, localattn_pass given_pass,
+                                                    size_t *size) {
+    return guarded([&] {
+        if (!size) fail(LOCALATTN_INVALID_ARGUMENT, "size is NULL, but must point to where the answer goes");
+        const Pass pass = checked_pass(given_pass);
+        const localattn_context context = checked_context(given_context);
+        const Problem problem = make_problem(checked_params(params, pass, Data::described));
+        Report unread;
+        const Variant &variant = choose_variant(problem, pass, context.variant, unread);
+        *size = needed_workspace(variant, problem, pass, workers_for(context, problem));
+    });
+}
+
+localattn_status localattn_attention_variant(const localattn_context *given_context,
+                                             const localattn_attention_params *params, localattn_pass given_pass,
+                                             const char **name, char *report_text, size_t report_size) {
+    return guarded([&] {
+        const Pass pass = checked_pass(given_pass);
+        const localattn_context context = checked_context(given_context);
+        const Problem problem = make_problem(checked_params(params, pass, Data::described));
+        Report report{report_text, report_size};
+        const Variant &variant = choose_variant(problem, pass, context.variant, report);
+        if (name) *name = variant.name;
+    });
+}
+
+int32_t localattn_variant_count(void) { return variant_count(); }
+
+localattn_status localattn_get_variant_info(int32_t index, localattn_variant_info *info) {
+    return guarded([&] {
+        if (index < 0 || index >= variant_count()) {
+            fail(LOCALATTN_INVALID_ARGUMENT, "index is %d, but must be from 0 to %d", index, variant_count() - 1);
+        }
+        if (!info) fail(LOCALATTN_INVALID_ARGUMENT, "info is NULL, but must point to a struct");
+        if (info->struct_size < sizeof info->struct_size) {
+            fail(LOCALATTN_INVALID_ARGUMENT, "info->struct_size is %zu, but must be the size of the struct, %zu here",
+                 info->struct_size, sizeof *info);
+        }
+        const Variant &variant = variant_at(index);
+        const localattn_variant_info filled{info->struct_size, variant.name, variant.description,
+                                            missing_cpu_feature(variant.cpu_features)};
+        std::memcpy(info, &filled, info->struct_size < sizeof filled ? info->struct_size : sizeof filled);
+    });
+}
+
+#define LOCALATTN_TEXT_OF(x) #x
+#define LOCALATTN_TEXT(x) LOCALATTN_TEXT_OF(x)
+
+const char *localattn_version(void) {
+    return LOCALATTN_TEXT(LOCALATTN_VERSION_MAJOR) "." LOCALATTN_TEXT(LOCALATTN_VERSION_MINOR) "." LOCALATTN_TEXT(
+        LOCALATTN_VERSION_PATCH);
+}
+
+const char *localattn_build_info(void) { return LOCALATTN_BUILD_INFO; }
+
+const char *localattn_last_error(void) { return last_error(); }
+
+const char *localattn_status_name(localattn_status status) {
+    switch (status) {
+        case LOCALATTN_OK:
+            return "LOCALATTN_OK";
+        case LOCALATTN_INVALID_ARGUMENT:
+            return "LOCALATTN_INVALID_ARGUMENT";
+        case LOCALATTN_UNSUPPORTED_DTYPE:
+            return "LOCALATTN_UNSUPPORTED_DTYPE";
+        case LOCALATTN_UNSUPPORTED:
+            return "LOCALATTN_UNSUPPORTED";
+        case LOCALATTN_WORKSPACE_TOO_SMALL:
+            return "LOCALATTN_WORKSPACE_TOO_SMALL";
+        case LOCALATTN_OUT_OF_MEMORY:
+            return "LOCALATTN_OUT_OF_MEMORY";
+        case LOCALATTN_DEVICE_ERROR:
+            return "LOCALATTN_DEVICE_ERROR";
+        case LOCALATTN_INTERNAL_ERROR:
+            return "LOCALATTN_INTERNAL_ERROR";
+    }
+    return "unknown localattn_status";
+}

@@ -1,0 +1,298 @@
+#include "validate.h"
+
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+
+#include "error.h"
+
+namespace localattn {
+
+namespace {
+
+constexpr int64_t largest_extent = INT32_MAX;       // so that a product of two fits 63 bits
+constexpr size_t largest_struct = size_t{1} << 16;  // anything beyond is an uninitialised struct_size
+
+struct FieldName {
+    char text[48];
+};
+
+FieldName indexed(const char *field, int index) {
+    FieldName name;
+    std::snprintf(name.text, sizeof name.text, "%s[%d]", field, index);
+    return name;
+}
+
+template <class Struct>
+Struct copied(const Struct *given, const char *what) {
+    if (!given) fail(LOCALATTN_INVALID_ARGUMENT, "%s is NULL, but must point to a struct", what);
+    const size_t size = given->struct_size;
+    if (size < sizeof given->struct_size || size > largest_struct) {
+        fail(LOCALATTN_INVALID_ARGUMENT,
+             "%s.struct_size is %zu, but must be the size of the struct, %zu here; set it with LOCALATTN_INIT", what,
+             size, sizeof(Struct));
+    }
+    const unsigned char *bytes = reinterpret_cast<const unsigned char *>(given);
+    for (size_t i = sizeof(Struct); i < size; ++i) {
+        if (bytes[i]) {
+            fail(LOCALATTN_INVALID_ARGUMENT,
+                 "%s.struct_size is %zu and byte %zu is not zero, but localattn %d.%d.%d knows only the first %zu "
+                 "bytes: the caller "
+                 "was built for a newer version and uses a field of it",
+                 what, size, i, LOCALATTN_VERSION_MAJOR, LOCALATTN_VERSION_MINOR, LOCALATTN_VERSION_PATCH,
+                 sizeof(Struct));
+        }
+    }
+    Struct copy{};
+    std::memcpy(static_cast<void *>(&copy), given, size < sizeof copy ? size : sizeof copy);
+    return copy;
+}
+
+void check_range(const char *field, int64_t value, int64_t least, int64_t most) {
+    if (value < least || value > most) {
+        fail(LOCALATTN_INVALID_ARGUMENT, "%s is %" PRId64 ", but must be from %" PRId64 " to %" PRId64, field, value,
+             least, most);
+    }
+}
+
+void check_flag(const char *field, int32_t value) {
+    if (value != 0 && value != 1) fail(LOCALATTN_INVALID_ARGUMENT, "%s is %d, but must be 0 or 1", field, value);
+}
+
+void check_size_fields(localattn_attention_params &p) {
+    check_range("rank", p.rank, 1, 3);
+    check_range("batch", p.batch, 0, largest_extent);
+    check_range("heads", p.heads, 1, largest_extent);
+    check_range("kv_heads", p.kv_heads, 0, largest_extent);
+    if (p.kv_heads == 0) p.kv_heads = p.heads;
+    if (p.heads % p.kv_heads != 0) {
+        fail(LOCALATTN_INVALID_ARGUMENT, "kv_heads is %" PRId64 ", but must divide heads, which is %" PRId64,
+             p.kv_heads, p.heads);
+    }
+    check_range("channels", p.channels, 1, largest_extent);
+    check_range("value_channels", p.value_channels, 0, largest_extent);
+    if (p.value_channels == 0) p.value_channels = p.channels;
+}
+
+void check_window(localattn_attention_params &p) {
+    check_range("border", p.border, LOCALATTN_BORDER_MASK, LOCALATTN_BORDER_SHIFT);
+    check_flag("raster_causal", p.raster_causal);
+    check_flag("has_scale", p.has_scale);
+    int64_t entries = 1;
+    for (int a = 0; a < p.rank; ++a) {
+        check_range(indexed("query_extent", a).text, p.query_extent[a], 0, largest_extent);
+        check_range(indexed("key_extent", a).text, p.key_extent[a], 0, largest_extent);
+        check_range(indexed("kernel_size", a).text, p.kernel_size[a], 1, largest_extent);
+        if (p.stride[a] == 0) p.stride[a] = 1;
+        check_range(indexed("stride", a).text, p.stride[a], 1, largest_extent);
+        if (p.stride[a] > p.kernel_size[a]) {
+            fail(LOCALATTN_INVALID_ARGUMENT,
+                 "stride[%d] is %" PRId64 ", but must be at most kernel_size[%d], which is %" PRId64, a, p.stride[a], a,
+                 p.kernel_size[a]);
+        }
+        if (p.dilation[a] == 0) p.dilation[a] = 1;
+        check_range(indexed("dilation", a).text, p.dilation[a], 1, largest_extent);
+        check_flag(indexed("is_causal", a).text, p.is_causal[a]);
+        if (__builtin_mul_overflow(entries, p.kernel_size[a], &entries)) {
+            fail(LOCALATTN_INVALID_ARGUMENT,
+                 "kernel_size[%d] is %" PRId64 ", but the window's entries must not exceed 2^63-1", a,
+                 p.kernel_size[a]);
+        }
+    }
+    if (!p.raster_causal) return;
+    if (p.border == LOCALATTN_BORDER_SHIFT) {
+        fail(LOCALATTN_INVALID_ARGUMENT, "border is %d (shift), but must be mask or zero with raster_causal", p.border);
+    }
+    for (int a = 0; a < p.rank; ++a) {
+        if (p.kernel_size[a] % 2 == 0) {
+            fail(LOCALATTN_INVALID_ARGUMENT, "kernel_size[%d] is %" PRId64 ", but must be odd with raster_causal", a,
+                 p.kernel_size[a]);
+        }
+        if (p.stride[a] != 1) {
+            fail(LOCALATTN_INVALID_ARGUMENT, "stride[%d] is %" PRId64 ", but must be 1 with raster_causal", a,
+                 p.stride[a]);
+        }
+        if (p.is_causal[a]) {
+            fail(LOCALATTN_INVALID_ARGUMENT, "is_causal[%d] is 1, but must be 0 with raster_causal", a);
+        }
+    }
+}
+
+enum class Role { input, result, summed_result };
+
+// What one tensor of the params must satisfy, given the extents that its role gives it.
+class TensorCheck {
+public:
+    TensorCheck(const localattn_attention_params &p, Data data) : p_(p), data_(data) {}
+
+    void operator()(const char *name, const localattn_tensor &tensor, Role role, bool required, int64_t element_size,
+                    int64_t batch, const int64_t *extent, int64_t heads, int64_t channels) const {
+        const Side sides[] = {{"batch_stride", -1, batch, tensor.batch_stride},
+                              {"spatial_stride", 0, extent[0], tensor.spatial_stride[0]},
+                              {"spatial_stride", 1, p_.rank > 1 ? extent[1] : 1, tensor.spatial_stride[1]},
+                              {"spatial_stride", 2, p_.rank > 2 ? extent[2] : 1, tensor.spatial_stride[2]},
+                              {"head_stride", -1, heads, tensor.head_stride},
+                              {"channel_stride", -1, channels, tensor.channel_stride}};
+        bool empty = false;
+        for (const Side &side : sides) empty = empty || side.extent == 0;
+        if (!tensor.data) {
+            if (required && !empty && data_ == Data::used) {
+                fail(LOCALATTN_INVALID_ARGUMENT, "%s.data is NULL, but this call needs it", name);
+            }
+            if (!required) return;
+        } else if (data_ == Data::used && reinterpret_cast<uintptr_t>(tensor.data) % uintptr_t(element_size) != 0) {
+            fail(LOCALATTN_INVALID_ARGUMENT, "%s.data is %p, but must be aligned to its elements of %" PRId64 " bytes",
+                 name, tensor.data, element_size);
+        }
+        if (empty) return;
+
+        int64_t count = 1, reach = 1;  // elements; how far the farthest lies from the first, in elements, plus one
+        for (const Side &side : sides) {
+            int64_t far;
+            if (__builtin_mul_overflow(count, side.extent, &count)) {
+                fail(LOCALATTN_INVALID_ARGUMENT,
+                     "%s has more than 2^63-1 elements, which is more than can be counted; an extent of "
+                     "it is %" PRId64,
+                     name, side.extent);
+            }
+            const bool overflows =
+                side.extent > 1 &&
+                (side.stride == INT64_MIN ||
+                 __builtin_mul_overflow(side.stride < 0 ? -side.stride : side.stride, side.extent - 1, &far) ||
+                 __builtin_add_overflow(reach, far, &reach) || reach > INT64_MAX / element_size);
+            if (overflows) {
+                fail(LOCALATTN_INVALID_ARGUMENT,
+                     "%s.%s is %" PRId64 ", but with an extent of %" PRId64
+                     " offsets in bytes must stay "
+                     "within 2^63-1",
+                     name, side.text().text, side.stride, side.extent);
+            }
+            if (role == Role::result && tensor.data && side.extent > 1 && side.stride == 0) {
+                fail(LOCALATTN_INVALID_ARGUMENT,
+                     "%s.%s is 0 with an extent of %" PRId64 ", but a result's elements must not overlap", name,
+                     side.text().text, side.extent);
+            }
+        }
+    }
+
+private:
+    struct Side {
+        const char *field;
+        int index;
+        int64_t extent, stride;
+
+        FieldName text() const {
+            if (index >= 0) return indexed(field, index);
+            FieldName name;
+            std::snprintf(name.text, sizeof name.text, "%s", field);
+            return name;
+        }
+    };
+
+    const localattn_attention_params &p_;
+    Data data_;
+};
+
+void check_tensors(const localattn_attention_params &p, Pass pass, Data data) {
+    const TensorCheck check(p, data);
+    const bool backward = pass == Pass::backward;
+    const int64_t size = p.dtype == LOCALATTN_FLOAT64 ? 8 : p.dtype == LOCALATTN_FLOAT32 ? 4 : 2;
+    const int64_t wide_size = p.dtype == LOCALATTN_FLOAT64 ? 8 : 4;
+
+    int64_t entries = 1, table[3] = {1, 1, 1};
+    for (int a = 0; a < p.rank; ++a) {
+        entries *= p.kernel_size[a];
+        table[a] = 2 * p.kernel_size[a] - 1;
+    }
+    const int64_t *queries = p.query_extent, *keys = p.key_extent;
+
+    check("query", p.query, Role::input, true, size, p.batch, queries, p.heads, p.channels);
+    check("key", p.key, Role::input, true, size, p.batch, keys, p.kv_heads, p.channels);
+    check("value", p.value, Role::input, true, size, p.batch, keys, p.kv_heads, p.value_channels);
+    check("bias", p.bias, Role::input, false, size, p.batch, queries, p.heads, entries);
+    check("rel_pos_bias", p.rel_pos_bias, Role::input, false, size, 1, table, p.heads, 1);
+    for (int a = 0; a < 3; ++a) {
+        const FieldName name = indexed("axis_bias", a), gradient = indexed("grad_axis_bias", a);
+        if (a >= p.rank) {
+            if (p.axis_bias[a].data || (backward && p.grad_axis_bias[a].data)) {
+                fail(LOCALATTN_INVALID_ARGUMENT, "%s is given, but rank is %d, so axes are 0 to %d",
+                     p.axis_bias[a].data ? name.text : gradient.text, p.rank, p.rank - 1);
+            }
+            continue;
+        }
+        check(name.text, p.axis_bias[a], Role::input, false, size, p.batch, queries, p.heads, p.kernel_size[a]);
+    }
+    check("key_mask", p.key_mask, Role::input, false, 1, p.batch, keys, 1, 1);
+    check("output", p.output, backward ? Role::input : Role::result, true, size, p.batch, queries, p.heads,
+          p.value_channels);
+    check("lse", p.lse, backward ? Role::input : Role::result, backward, wide_size, p.batch, queries, p.heads, 1);
+    if (!backward) return;
+
+    check("grad_output", p.grad_output, Role::input, true, size, p.batch, queries, p.heads, p.value_channels);
+    check("grad_lse", p.grad_lse, Role::input, false, wide_size, p.batch, queries, p.heads, 1);
+    check("grad_query", p.grad_query, Role::result, false, size, p.batch, queries, p.heads, p.channels);
+    check("grad_key", p.grad_key, Role::result, false, size, p.batch, keys, p.kv_heads, p.channels);
+    check("grad_value", p.grad_value, Role::result, false, size, p.batch, keys, p.kv_heads, p.value_channels);
+
+    const auto needs = [](const char *gradient, const localattn_tensor &g, const char *name,
+                          const localattn_tensor &t) {
+        if (g.data && !t.data) fail(LOCALATTN_INVALID_ARGUMENT, "%s is given, but %s.data is NULL", gradient, name);
+    };
+    needs("grad_bias", p.grad_bias, "bias", p.bias);
+    needs("grad_rel_pos_bias", p.grad_rel_pos_bias, "rel_pos_bias", p.rel_pos_bias);
+    check("grad_bias", p.grad_bias, Role::summed_result, false, wide_size, p.batch, queries, p.heads, entries);
+    check("grad_rel_pos_bias", p.grad_rel_pos_bias, Role::summed_result, false, wide_size, 1, table, p.heads, 1);
+    for (int a = 0; a < p.rank; ++a) {
+        const FieldName name = indexed("axis_bias", a), gradient = indexed("grad_axis_bias", a);
+        needs(gradient.text, p.grad_axis_bias[a], name.text, p.axis_bias[a]);
+        check(gradient.text, p.grad_axis_bias[a], Role::summed_result, false, wide_size, p.batch, queries, p.heads,
+              p.kernel_size[a]);
+    }
+}
+
+}  // namespace
+
+localattn_context checked_context(const localattn_context *given) {
+    if (!given) return {};
+    const localattn_context context = copied(given, "context");
+    check_range("context.device_type", context.device_type, LOCALATTN_CPU, LOCALATTN_CUDA);
+    if (context.device_type == LOCALATTN_CUDA) {
+        fail(LOCALATTN_UNSUPPORTED, "context.device_type is 1 (CUDA), but this library is built for the CPU (0) alone");
+    }
+    if (const localattn_executor *executor = context.executor) {
+        check_range("context.executor->num_workers", executor->num_workers, 1, INT32_MAX);
+        if (!executor->run) fail(LOCALATTN_INVALID_ARGUMENT, "context.executor->run is NULL, but must be a function");
+    }
+    check_range("context.num_threads", context.num_threads, 0, INT32_MAX);
+    check_range("context.reserved", context.reserved, 0, 0);
+    if (!context.workspace && context.workspace_size) {
+        fail(LOCALATTN_INVALID_ARGUMENT,
+             "context.workspace is NULL, but context.workspace_size is %zu; without a workspace it must be 0",
+             context.workspace_size);
+    }
+    if (reinterpret_cast<uintptr_t>(context.workspace) % 64 != 0) {
+        fail(LOCALATTN_INVALID_ARGUMENT, "context.workspace is %p, but must be aligned to 64 bytes", context.workspace);
+    }
+    return context;
+}
+
+localattn_attention_params checked_params(const localattn_attention_params *given, Pass pass, Data data) {
+    localattn_attention_params p = copied(given, "params");
+    if (p.dtype < LOCALATTN_FLOAT32 || p.dtype > LOCALATTN_BFLOAT16) {
+        fail(LOCALATTN_UNSUPPORTED_DTYPE,
+             "dtype is %d, but must be 0 (float32), 1 (float64), 2 (float16) or 3 (bfloat16)", p.dtype);
+    }
+    check_size_fields(p);
+    check_window(p);
+    check_tensors(p, pass, data);
+    return p;
+}
+
+void check_workspace(const localattn_context &context, size_t needed) {
+    if (context.workspace && context.workspace_size < needed) {
+        fail(LOCALATTN_WORKSPACE_TOO_SMALL, "context.workspace_size is %zu, but must be at least %zu",
+             context.workspace_size, needed);
+    }
+}
+
+}  // namespace localattn
