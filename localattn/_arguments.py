@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Union
+from typing import Literal, NamedTuple
 
-IntOrTuple = Union[int, Sequence[int]]
-Causal = Union[bool, Sequence[bool], Literal["raster"]]
+IntOrTuple = int | Sequence[int]
+Causal = bool | Sequence[bool] | Literal["raster"]
 
 BORDERS = ("mask", "zero", "shift")
 

@@ -138,9 +138,17 @@ def _rank(name: str, tensor: Tensor) -> int:
     return rank
 
 
-def _check_agree(name: str, what: str, got, expected) -> None:
-    if got != expected:
-        raise ValueError(f"{name} must have {what} {expected}, got {got}")
+_SIZES = {"batch": slice(0, 1), "extents": slice(1, -2), "heads": slice(-2, -1), "channels": slice(-1, None)}
+
+
+def _check_shares(name: str, tensor: Tensor, of: str, other: Tensor, *sizes: str) -> None:
+    """`tensor` has as many dimensions as `other`, and the named sizes."""
+    if tensor.dim() != other.dim():
+        raise ValueError(f"{name} must have as many dimensions as {of}, {other.dim()}, got {tensor.dim()}")
+    for size in sizes:
+        got, expected = tuple(tensor.shape[_SIZES[size]]), tuple(other.shape[_SIZES[size]])
+        if got != expected:
+            raise ValueError(f"{name} must have the {size} of {of}, {expected}, got {got}")
 
 
 def _computed(tensor: Tensor) -> Tensor:
@@ -192,9 +200,8 @@ def local_attention(
     rank = _rank("query", query)
     options = window_options(rank, kernel_size, stride, dilation, is_causal, border)
     batch, query_extent, heads = query.shape[0], query.shape[1:-2], query.shape[-2]
-    _check_agree("key", "the batch and width of query", (key.shape[0], key.shape[-1]), (batch, query.shape[-1]))
-    _check_agree("value", "the batch, extents and heads of key", value.shape[:-1], key.shape[:-1])
-    _check_agree("key", "as many dimensions as query", key.dim(), query.dim())
+    _check_shares("key", key, "query", query, "batch", "channels")
+    _check_shares("value", value, "key", key, "batch", "extents", "heads")
     if key.shape[-2] != heads:
         if not enable_gqa:
             raise ValueError(f"key has {key.shape[-2]} heads and query {heads}; unequal heads need enable_gqa=True")
@@ -263,9 +270,7 @@ def similarity(
     rank = _rank("query", query)
     options = window_options(rank, kernel_size, stride, dilation, is_causal, border)
     query_extent = query.shape[1:-2]
-    _check_agree("key", "as many dimensions as query", key.dim(), query.dim())
-    _check_agree("key", "the batch, heads and width of query", (key.shape[0], *key.shape[-2:]),
-                 (query.shape[0], *query.shape[-2:]))
+    _check_shares("key", key, "query", query, "batch", "heads", "channels")
     window = windows(query_extent, key.shape[1:-2], options, query.device)
     keys = _gather(_computed(key), window.position)
     scores = torch.einsum("bqhc,bqehc->bqhe", _computed(query).flatten(1, -3), keys)
@@ -299,11 +304,11 @@ def weighting(
     rank = _rank("weights", weights)
     options = window_options(rank, kernel_size, stride, dilation, is_causal, border)
     query_extent = weights.shape[1:-2]
-    _check_agree("value", "as many dimensions as weights", value.dim(), weights.dim())
-    _check_agree("value", "the batch and heads of weights", (value.shape[0], value.shape[-2]),
-                 (weights.shape[0], weights.shape[-2]))
+    _check_shares("value", value, "weights", weights, "batch", "heads")
     window = windows(query_extent, value.shape[1:-2], options, value.device)
-    _check_agree("weights", "a last dimension of", weights.shape[-1], window.position.shape[-1])
+    entries = window.position.shape[-1]
+    if weights.shape[-1] != entries:
+        raise ValueError(f"weights must have {entries} window entries, got {weights.shape[-1]}")
     used = _computed(weights).flatten(1, -3).masked_fill(~window.inside[:, None], 0)
     output = torch.einsum("bqhe,bqehc->bqhc", used, _gather(_computed(value), window.position))
     return output.to(value.dtype).unflatten(1, query_extent)
@@ -315,10 +320,13 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
     if not outputs or len(outputs) != len(lses):
         raise ValueError(f"outputs and lses must be equally many, at least one; got {len(outputs)} and {len(lses)}")
     for output, lse in zip(outputs, lses):
-        _check_agree("every entry of outputs", "shape", tuple(output.shape), tuple(outputs[0].shape))
-        _check_agree("every entry of outputs", "dtype", output.dtype, outputs[0].dtype)
-        _check_agree("every entry of lses", "the shape of outputs without channels", tuple(lse.shape),
-                     tuple(output.shape[:-1]))
+        if output.shape != outputs[0].shape or output.dtype != outputs[0].dtype:
+            raise ValueError(
+                f"outputs must all have one shape and dtype, got {tuple(output.shape)} {output.dtype} and "
+                f"{tuple(outputs[0].shape)} {outputs[0].dtype}"
+            )
+        if lse.shape != output.shape[:-1]:
+            raise ValueError(f"lses must have shape {tuple(output.shape[:-1])}, got {tuple(lse.shape)}")
     dtype = torch.promote_types(outputs[0].dtype, torch.float32)
     weights, lse = _softmax(torch.stack([lse.to(dtype) for lse in lses], dim=-1))
     merged = sum(weight.unsqueeze(-1) * output for weight, output in zip(weights.unbind(-1), outputs))
@@ -360,22 +368,24 @@ def routed_attention(
     if query.dim() != 5:
         raise ValueError(f"query must be (batch, height, width, heads, channels), got shape {tuple(query.shape)}")
     batch, height, width, heads, channels = query.shape
-    _check_agree("key", "as many dimensions as query", key.dim(), 5)
-    _check_agree("key", "the batch, heads and width of query", (key.shape[0], *key.shape[-2:]),
-                 (batch, heads, channels))
-    _check_agree("value", "the batch, extents and heads of key", value.shape[:-1], key.shape[:-1])
+    _check_shares("key", key, "query", query, "batch", "heads", "channels")
+    _check_shares("value", value, "key", key, "batch", "extents", "heads")
     size = ints_per_axis("region_size", region_size, 2)
     kv_size = size if kv_region_size is None else ints_per_axis("kv_region_size", kv_region_size, 2)
     for name, extents, sizes in (("region_size", (height, width), size), ("kv_region_size", key.shape[1:3], kv_size)):
         if any(s < 1 or extent % s for extent, s in zip(extents, sizes)):
             raise ValueError(f"{name} must divide the map of {tuple(extents)} pixels, got {sizes}")
     grid = (height // size[0], width // size[1])
-    _check_agree("kv_region_size", "as many regions per axis as region_size,",
-                 (key.shape[1] // kv_size[0], key.shape[2] // kv_size[1]), grid)
+    kv_grid = (key.shape[1] // kv_size[0], key.shape[2] // kv_size[1])
+    if kv_grid != grid:
+        raise ValueError(f"kv_region_size must give the {grid} regions per axis of region_size, got {kv_grid}")
     regions = grid[0] * grid[1]
     if region_index.dtype != torch.int64:
         raise TypeError(f"region_index must be int64, got {region_index.dtype}")
-    _check_agree("region_index", "the batch and regions", tuple(region_index.shape[:-1]), (batch, regions))
+    if region_index.dim() != 3 or region_index.shape[:2] != (batch, regions):
+        raise ValueError(
+            f"region_index must have shape (batch {batch}, regions {regions}, topk), got {tuple(region_index.shape)}"
+        )
     if region_index.numel() and not 0 <= int(region_index.min()) <= int(region_index.max()) < regions:
         raise ValueError(
             f"region_index must be between 0 and {regions - 1}, got values from {int(region_index.min())} to "
@@ -420,9 +430,8 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, key_mask: Ten
     """
     _rank("query", query)
     _rank("key", key)
-    _check_agree("key", "the batch, heads and width of query", (key.shape[0], *key.shape[-2:]),
-                 (query.shape[0], *query.shape[-2:]))
-    _check_agree("value", "the batch, extents and heads of key", value.shape[:-1], key.shape[:-1])
+    _check_shares("key", key, "query", query, "batch", "heads", "channels")
+    _check_shares("value", value, "key", key, "batch", "extents", "heads")
     if query.shape[-1] == 0:
         raise ValueError("query must have at least 1 channel, got 0")
     keys, values = _computed(key).flatten(1, -3), _computed(value).flatten(1, -3)

@@ -1,0 +1,19 @@
+"""Local (sliding-window) attention on images, signals and video.
+
+    localattn.local_attention(query, key, value, kernel_size=7)
+
+Tensors are ``(batch, *spatial, heads, channels)``. The modules are in ``localattn.nn``, drop-in replacements for other
+packages in ``localattn.compat``, and the readable definition of everything in ``localattn.reference``.
+"""
+
+from importlib import metadata
+
+from . import reference
+from .ops import attention_variant, local_attention, merge_attentions
+
+__all__ = ["attention_variant", "local_attention", "merge_attentions", "reference"]
+
+try:
+    __version__ = metadata.version("localattn")
+except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"

@@ -1,0 +1,45 @@
+"""torch.vmap over the operators: the mapped dimension joins the batch."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ._autograd import BACKWARD_DIFFERENTIABLE, FORWARD_DIFFERENTIABLE
+
+
+def _mapped(operator, bias_positions, info, in_dims, *arguments):
+    if any(arguments[i] is not None for i in bias_positions):
+        # A bias may lack the batch dimension that would take the mapped one, so each slice is a call of its own.
+        return _slice_by_slice(operator, info, in_dims, *arguments)
+
+    def joined(argument, dim):  # (mapped, batch, ...) -> (mapped * batch, ...)
+        if not isinstance(argument, Tensor):
+            return argument
+        moved = argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+        return moved.flatten(0, 1)
+
+    results = operator(*(joined(argument, dim) for argument, dim in zip(arguments, in_dims)))
+    # What is not needed of the backward's results is an empty tensor without a batch.
+    split = tuple(r.unflatten(0, (info.batch_size, -1)) if r.dim() > 1 else r for r in results)
+    return split, tuple(0 if r.dim() > 1 else None for r in results)
+
+
+def _slice_by_slice(operator, info, in_dims, *arguments):
+    calls = [
+        operator(*(argument if dim is None else argument.select(dim, i) for argument, dim in zip(arguments, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(results) for results in zip(*calls)), (0,) * len(calls[0])
+
+
+if hasattr(torch.library, "register_vmap"):  # from torch 2.5 on
+    torch.library.register_vmap(
+        "localattn::attention", functools.partial(_mapped, torch.ops.localattn.attention, FORWARD_DIFFERENTIABLE[3:])
+    )
+    torch.library.register_vmap(
+        "localattn::attention_backward",
+        functools.partial(_mapped, torch.ops.localattn.attention_backward, BACKWARD_DIFFERENTIABLE[5:]),
+    )

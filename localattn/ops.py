@@ -1,0 +1,172 @@
+"""The operators as functions: arguments as users write them, turned into what the native operators take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _library, reference
+from ._arguments import Causal, IntOrTuple, window_options
+
+if _library.load_error is None:
+    from . import _autograd, _fake, _flops, _vmap  # noqa: F401  registered by being imported
+
+__all__ = ["attention_variant", "local_attention", "merge_attentions"]
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    *,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: Causal = False,
+    border: str = "mask",
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    rel_pos_bias: Tensor | None = None,
+    axis_bias: Sequence[Tensor | None] | None = None,
+    key_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every query to a window of keys around it, fused: nothing of the window's size is stored.
+
+    ``score = scale * (query @ key) + biases`` over the window, then softmax, then the weighted sum of ``value``. One to
+    three spatial axes, taken from the shapes. Any strides are read in place, without a copy. Differentiable in every
+    floating argument; second derivatives take memory in proportion to the window. Under autocast, all but float64 is
+    cast to the autocast dtype, as in ``scaled_dot_product_attention``.
+
+    The window follows Parmar et al., 2018 (https://arxiv.org/abs/1802.05751) and Ramachandran et al., 2019
+    (https://arxiv.org/abs/1906.05909); border "shift", dilation and stride follow Hassani et al., 2023 and 2025
+    (https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001, https://arxiv.org/abs/2504.16922).
+
+    Args:
+        query: ``(batch, *Sq, heads, channels)``; float32, float64, float16 or bfloat16. All floating arguments have
+            its dtype.
+        key: ``(batch, *Sk, kv_heads, channels)``. ``Sk`` may differ from ``Sq``, at any ratio: a query's window is
+            centred on the key nearest to it.
+        value: ``(batch, *Sk, kv_heads, value_channels)``.
+        kernel_size: keys per axis, an int or one per spatial axis. An even kernel reaches one further back than ahead.
+        stride: groups of this many queries share one window, 1 to kernel_size.
+        dilation: distance between neighbouring keys of a window.
+        is_causal: True, or one bool per axis: the window ends at the query. "raster": only the window's entries up to
+            its centre in raster order remain (odd kernels, stride 1, border "mask" or "zero").
+        border: what happens at the map's edge. "mask": entries outside the map are left out; "zero": they take part
+            with score 0 (plus bias) and value 0; "shift": the window is moved inside.
+        scale: of the scores; None is ``channels ** -0.5``, and 0.0 means 0.
+        bias: added to the scores; broadcastable to ``(batch, *Sq, heads, prod(kernel_size))``, entries in raster order.
+        rel_pos_bias: ``(heads, 2 * kernel_size - 1 per axis)``, indexed by key - centre + kernel_size - 1 in dilated
+            coordinates.
+        axis_bias: for each axis None or a tensor broadcastable to ``(batch, *Sq, heads, kernel_size of that axis)``.
+        key_mask: bool, broadcastable to ``(batch, *Sk)``; False leaves that key out.
+        enable_gqa: allow kv_heads to be a divisor of heads; consecutive query heads share a key head.
+        return_lse: also return the scores' natural log-sum-exp, which is differentiable too.
+
+    Returns:
+        ``(batch, *Sq, heads, value_channels)`` in query's dtype, and in its memory order if that is channels-first;
+        with ``return_lse`` also ``(batch, *Sq, heads)`` in float32 (float64 for float64). A query that sees no key
+        gives zeros and -inf.
+
+    Raises:
+        ValueError: an argument's shape or value is not allowed.
+        TypeError: a dtype is not supported, or not that of query.
+        RuntimeError: the tensors lie on different devices, or no kernel is installed that can do it.
+    """
+    arguments = _native_arguments(
+        query, key, value, kernel_size, stride, dilation, is_causal, border, scale, bias, rel_pos_bias, axis_bias,
+        key_mask, enable_gqa,
+    )  # fmt: skip
+    output, lse = torch.ops.localattn.attention(*arguments)
+    return (output, lse) if return_lse else output
+
+
+def attention_variant(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    *,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: Causal = False,
+    border: str = "mask",
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    rel_pos_bias: Tensor | None = None,
+    axis_bias: Sequence[Tensor | None] | None = None,
+    key_mask: Tensor | None = None,
+    enable_gqa: bool = False,
+    backward: bool = False,
+) -> tuple[str, str]:
+    """Which kernel variant :func:`local_attention` would take for these arguments (or its backward), and one line for
+    each better variant that declined, ``"name: reason\\n"``."""
+    arguments = _native_arguments(
+        query, key, value, kernel_size, stride, dilation, is_causal, border, scale, bias, rel_pos_bias, axis_bias,
+        key_mask, enable_gqa,
+    )  # fmt: skip
+    return torch.ops.localattn.attention_variant(*arguments, backward)
+
+
+def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One attention over all keys from attentions over parts of them.
+
+    Args:
+        outputs: ``(batch, *Sq, heads, channels)`` each.
+        lses: their log-sum-exps, ``(batch, *Sq, heads)`` each. Where one is -inf, that part counts for nothing.
+
+    Returns:
+        The output (in the dtype of outputs, computed in float32 at least) and log-sum-exp over all the keys, zeros and
+        -inf where no part sees a key. Gradients through both are exact.
+
+    Raises:
+        ValueError: the lists' lengths, or shapes or dtypes within them, do not agree.
+    """
+    return reference.merge_attentions(outputs, lses)
+
+
+def _native_arguments(
+    query, key, value, kernel_size, stride, dilation, is_causal, border, scale, bias, rel_pos_bias, axis_bias, key_mask,
+    enable_gqa,
+) -> tuple:  # fmt: skip
+    """The arguments of the operators' schemas."""
+    _library.require_operators()
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    rank = query.dim() - 3
+    if not 1 <= rank <= 3:
+        raise ValueError(
+            f"query must be (batch, one to three spatial axes, heads, channels), got shape {tuple(query.shape)}"
+        )
+    options = window_options(rank, kernel_size, stride, dilation, is_causal, border)
+    if not enable_gqa and key.dim() == query.dim() and key.shape[-2] != query.shape[-2]:
+        raise ValueError(
+            f"key has {key.shape[-2]} heads and query {query.shape[-2]}; unequal heads need enable_gqa=True"
+        )
+    axis_biases = (None,) * 3
+    if axis_bias is not None:
+        if not isinstance(axis_bias, (tuple, list)) or len(axis_bias) != rank:
+            raise ValueError(f"axis_bias must be one tensor or None for each of the {rank} spatial axes")
+        axis_biases = (*axis_bias, *(None,) * (3 - rank))
+    query, key, value, bias, rel_pos_bias, *axis_biases = _autocast(
+        query.device, query, key, value, bias, rel_pos_bias, *axis_biases
+    )
+    names = ("key", "value", "key_mask", "bias", "rel_pos_bias", "axis_bias[0]", "axis_bias[1]", "axis_bias[2]")
+    for name, tensor in zip(names, (key, value, key_mask, bias, rel_pos_bias, *axis_biases)):
+        if tensor is not None and tensor.device != query.device:
+            raise RuntimeError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+    return (query, key, value, *options, scale, bias, rel_pos_bias, *axis_biases, key_mask)
+
+
+def _autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
