@@ -234,17 +234,20 @@ void check_tensors(const localattn_attention_params &p, Pass pass, Data data) {
     check("grad_key", p.grad_key, Role::result, false, size, p.batch, keys, p.kv_heads, p.channels);
     check("grad_value", p.grad_value, Role::result, false, size, p.batch, keys, p.kv_heads, p.value_channels);
 
+    // A tensor without elements may be NULL although it is there.
+    bool no_queries = p.batch == 0;
+    for (int a = 0; a < p.rank; ++a) no_queries = no_queries || queries[a] == 0;
     const auto needs = [](const char *gradient, const localattn_tensor &g, const char *name,
                           const localattn_tensor &t) {
         if (g.data && !t.data) fail(LOCALATTN_INVALID_ARGUMENT, "%s is given, but %s.data is NULL", gradient, name);
     };
-    needs("grad_bias", p.grad_bias, "bias", p.bias);
+    if (!no_queries) needs("grad_bias", p.grad_bias, "bias", p.bias);
     needs("grad_rel_pos_bias", p.grad_rel_pos_bias, "rel_pos_bias", p.rel_pos_bias);
     check("grad_bias", p.grad_bias, Role::summed_result, false, wide_size, p.batch, queries, p.heads, entries);
     check("grad_rel_pos_bias", p.grad_rel_pos_bias, Role::summed_result, false, wide_size, 1, table, p.heads, 1);
     for (int a = 0; a < p.rank; ++a) {
         const FieldName name = indexed("axis_bias", a), gradient = indexed("grad_axis_bias", a);
-        needs(gradient.text, p.grad_axis_bias[a], name.text, p.axis_bias[a]);
+        if (!no_queries) needs(gradient.text, p.grad_axis_bias[a], name.text, p.axis_bias[a]);
         check(gradient.text, p.grad_axis_bias[a], Role::summed_result, false, wide_size, p.batch, queries, p.heads,
               p.kernel_size[a]);
     }
