@@ -1,0 +1,130 @@
+// gpu.h for nvcc: each call is one PTX instruction or one CUDA intrinsic.
+#pragma once
+#include "gpu_types.h"
+
+#define GPU_KERNEL __global__
+#define GPU_FUNCTION static __device__ __forceinline__
+#define GPU_METHOD __device__ __forceinline__
+#define GPU_ARGUMENT const __grid_constant__
+#define GPU_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define GPU_UNROLL _Pragma("unroll")
+#define GPU_TABLE __device__ const
+
+namespace localattn::gpu {
+
+GPU_FUNCTION int thread_index() { return int(threadIdx.x); }
+GPU_FUNCTION Extent3 block_index() { return {int32_t(blockIdx.x), int32_t(blockIdx.y), int32_t(blockIdx.z)}; }
+GPU_FUNCTION Extent3 grid_extent() { return {int32_t(gridDim.x), int32_t(gridDim.y), int32_t(gridDim.z)}; }
+GPU_FUNCTION int block_threads() { return int(blockDim.x); }
+GPU_FUNCTION void synchronize() { __syncthreads(); }
+
+GPU_FUNCTION bool any_in_warp(bool condition) { return __any_sync(~0u, condition); }
+GPU_FUNCTION float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
+// A butterfly: the same bits in every lane.
+template <class Real>
+GPU_FUNCTION Real warp_sum(Real value) {
+    GPU_UNROLL for (int lanes = warp_size / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+    return value;
+}
+
+extern __shared__ __align__(1024) char dynamic_shared_memory[];
+GPU_FUNCTION SharedAddress shared_memory() { return SharedAddress(__cvta_generic_to_shared(dynamic_shared_memory)); }
+GPU_FUNCTION uint32_t load_shared(SharedAddress from) {
+    uint32_t value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
+    return value;
+}
+GPU_FUNCTION void store_shared(SharedAddress to, uint32_t value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+}
+
+GPU_FUNCTION void load_matrix(uint32_t (&registers)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(row)
+                 : "memory");
+}
+GPU_FUNCTION void load_matrix_transposed(uint32_t (&registers)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+#define LOCALATTN_MULTIPLY_ADD(Type, NAME)                                                                           \
+    GPU_FUNCTION void multiply_add(Type, float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {             \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                           \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                      \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                 \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                 \
+    }
+LOCALATTN_MULTIPLY_ADD(bfloat16, "bf16")
+LOCALATTN_MULTIPLY_ADD(float16, "f16")
+#undef LOCALATTN_MULTIPLY_ADD
+
+// 16 bytes, or zeros when !inside (the source is then not read).
+GPU_FUNCTION void copy_async(SharedAddress to, const void *from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
+                 "r"(inside ? 16 : 0)
+                 : "memory");
+}
+GPU_FUNCTION void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `pending` of this thread's newest groups are in flight.
+template <int pending>
+GPU_FUNCTION void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+GPU_FUNCTION uint32_t load_pair(const void *from) { return __ldg(static_cast<const uint32_t *>(from)); }
+GPU_FUNCTION void store_pair(void *to, uint32_t pair) { *static_cast<uint32_t *>(to) = pair; }
+
+// The first in the lower half.
+GPU_FUNCTION uint32_t pack(bfloat16, float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+GPU_FUNCTION uint32_t pack(float16, float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+GPU_FUNCTION float exponential(float x) { return expf(x); }
+GPU_FUNCTION double exponential(double x) { return ::exp(x); }
+GPU_FUNCTION float logarithm(float x) { return logf(x); }
+GPU_FUNCTION double logarithm(double x) { return ::log(x); }
+// Fast and approximate, to about 2 units in the last place; denormals are taken for zero.
+GPU_FUNCTION float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+GPU_FUNCTION float fast_log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+GPU_FUNCTION float fast_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Runs `kernel` on a grid of blocks, on the current device. Returns NULL, or what the CUDA runtime says went wrong.
+template <class Argument>
+const char *launch(void (*kernel)(Argument), Extent3 grid, int threads, size_t shared_bytes, void *stream,
+                   const Argument &argument) {
+    constexpr size_t without_asking = 48 << 10;
+    if (shared_bytes > without_asking) {
+        const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        if (error != cudaSuccess) return cudaGetErrorString(error);
+    }
+    const dim3 blocks(unsigned(grid.x), unsigned(grid.y), unsigned(grid.z));
+    kernel<<<blocks, unsigned(threads), shared_bytes, static_cast<cudaStream_t>(stream)>>>(argument);
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace localattn::gpu

@@ -1,0 +1,34 @@
+// What a CUDA variant is: a constant record, as for the CPU. A new architecture is one file in arch/ that defines one,
+// and one line in module.cpp's list.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace localattn::cuda {
+
+// What a variant may depend on. Read from the driver once per call, never assumed.
+struct Device {
+    int32_t capability = 0;      // 90 is compute capability 9.0
+    int64_t shared_bytes = 0;    // of shared memory that one block may ask for
+};
+
+struct Variant {
+    const char *name;
+    const char *description;
+    int32_t capability;  // the least it runs on
+    // NULL if the variant takes the problem on a device of that capability, else why not (a string constant).
+    const char *(*declines)(const Problem &, Pass, const Device &);
+    // Bytes of device memory, 256-byte aligned.
+    size_t (*workspace)(const Problem &, Pass);
+    // Puts every result's computation on the stream, on the current device. Returns NULL, or what the CUDA runtime says
+    // went wrong. Extents may be zero.
+    const char *(*run)(const Problem &, Pass, void *stream, void *workspace);
+};
+
+// Best first; `generic`, which declines nothing, last.
+extern const Variant *const variants[];
+extern const int32_t variant_count;
+
+}  // namespace localattn::cuda

@@ -1,0 +1,417 @@
+// Every CUDA variant, run on the host by emulation, against brute force in float64 over random problems.
+//
+//     attention_test [problems] [seed] [only this variant]
+//
+// Results are poisoned with NaN first, padding between the elements of a result must keep its poison. A failing problem
+// is printed with the seed that makes it again (problems 1, that seed).
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <type_traits>
+
+#include "brute_force.h"
+#include "cuda/emulation/machine.h"
+#include "scalar.h"
+#include "cuda/variant.h"
+#include "window.h"
+
+using namespace localattn;
+
+namespace {
+
+using Random = std::mt19937;
+
+int pick(Random &random, int least, int most) { return std::uniform_int_distribution<int>(least, most)(random); }
+bool chance(Random &random, double probability) { return std::bernoulli_distribution(probability)(random); }
+
+double half_step(Dtype dtype) {  // of rounding, relative
+    switch (dtype) {
+        case Dtype::float64: return 1.1e-16;
+        case Dtype::float32: return 6e-8;
+        case Dtype::float16: return 4.9e-4;
+        case Dtype::bfloat16: return 3.9e-3;
+    }
+    return 0;
+}
+
+const char *name_of(Dtype dtype) {
+    constexpr const char *names[] = {"float32", "float64", "float16", "bfloat16"};
+    return names[int(dtype)];
+}
+
+template <class Visit>
+void with_type(Dtype dtype, Visit visit) {
+    switch (dtype) {
+        case Dtype::float32: return visit(float());
+        case Dtype::float64: return visit(double());
+        case Dtype::float16: return visit(float16());
+        case Dtype::bfloat16: return visit(bfloat16());
+    }
+}
+
+// A tensor of six axes (batch, three spatial, head, channel) in memory: any order of axes, gaps between them, starting at
+// any element; broadcast axes have stride 0.
+class Stored {
+public:
+    Dtype dtype = Dtype::float32;
+    int extent[6] = {1, 1, 1, 1, 1, 1};
+    int64_t stride[6] = {};
+    bool present = false;
+    std::vector<unsigned char> memory;
+    int64_t start = 0;
+
+    int size_of_element() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
+    // `aligned`: channels last and contiguous, and every stride and the start a multiple of 16 bytes.
+    void lay_out(Random &random, Dtype type, std::vector<int> extents, const std::vector<bool> &broadcast, bool aligned) {
+        dtype = type;
+        present = true;
+        std::copy(extents.begin(), extents.end(), extent);
+        int order[6] = {0, 1, 2, 3, 4, 5};  // from the outermost
+        if (chance(random, 0.5)) std::shuffle(order, order + (aligned ? 5 : 6), random);
+        const int unit = aligned ? 16 / size_of_element() : 1;
+        int64_t step = 1;
+        for (int i = 5; i >= 0; i--) {
+            const int axis = order[i];
+            if (broadcast[size_t(axis)]) continue;
+            stride[axis] = step;
+            step *= extent[axis];
+            if (chance(random, 0.3)) step += pick(random, 1, 3);
+            step = (step + unit - 1) / unit * unit;
+        }
+        start = int64_t(pick(random, 0, 2)) * unit;
+        for (int axis = 0; axis < 6; axis++)
+            if (!aligned && extent[axis] > 1 && chance(random, 0.1)) {  // backwards
+                start += (extent[axis] - 1) * stride[axis];
+                stride[axis] = -stride[axis];
+            }
+        memory.assign(size_t(start + step + 8) * size_t(size_of_element()) + 16, 0xff);  // NaN in every type
+        while (reinterpret_cast<uintptr_t>(memory.data()) % 16) std::abort();
+    }
+    int64_t offset(const int (&at)[6]) const {
+        int64_t sum = start;
+        for (int axis = 0; axis < 6; axis++) sum += at[axis] * stride[axis];
+        return sum;
+    }
+    template <class Visit>
+    void each(Visit visit) const {
+        int at[6];
+        int64_t index = 0;
+        for (at[0] = 0; at[0] < extent[0]; at[0]++)
+            for (at[1] = 0; at[1] < extent[1]; at[1]++)
+                for (at[2] = 0; at[2] < extent[2]; at[2]++)
+                    for (at[3] = 0; at[3] < extent[3]; at[3]++)
+                        for (at[4] = 0; at[4] < extent[4]; at[4]++)
+                            for (at[5] = 0; at[5] < extent[5]; at[5]++) visit(offset(at), index++);
+    }
+    double get(int64_t at) const {
+        double value = 0;
+        with_type(dtype, [&](auto element) {
+            std::memcpy(&element, memory.data() + size_t(at) * sizeof element, sizeof element);
+            value = double(widen(element));
+        });
+        return value;
+    }
+    void set(int64_t at, double value) {
+        with_type(dtype, [&](auto element) {
+            if constexpr (std::is_same_v<decltype(element), double>) element = value;
+            else narrow(float(value), element);
+            std::memcpy(memory.data() + size_t(at) * sizeof element, &element, sizeof element);
+        });
+    }
+    // Dense copy, broadcast axes repeated.
+    std::vector<double> values() const {
+        std::vector<double> all;
+        if (present) each([&](int64_t at, int64_t) { all.push_back(get(at)); });
+        return all;
+    }
+    void fill(Random &random, double spread) {
+        std::normal_distribution<double> normal(0, spread);
+        each([&](int64_t at, int64_t) { set(at, normal(random)); });
+    }
+    Tensor tensor() {
+        Tensor t;
+        if (!present) return t;
+        t.data = memory.data() + size_t(start) * size_t(size_of_element());
+        t.batch = stride[0];
+        for (int a = 0; a < 3; a++) t.axis[a] = stride[1 + a];
+        t.head = stride[4];
+        t.channel = stride[5];
+        return t;
+    }
+};
+
+struct Trial {
+    brute_force::Shape shape;
+    Problem problem;
+    Stored query, key, value, bias, table, axis_bias[3], mask, output, lse, grad_output, grad_lse;
+    Stored grad_query, grad_key, grad_value, grad_bias, grad_table, grad_axis_bias[3];
+    std::vector<unsigned char> mask_bytes;
+    brute_force::Results expected;
+};
+
+// Half of the problems are of the plain kind that fast variants take; the others draw every option.
+void draw(Random &random, Trial &t) {
+    const bool plain = chance(random, 0.5);
+    brute_force::Shape &s = t.shape;
+    const int rank = plain ? 2 : pick(random, 1, 3);
+    const Dtype dtype = plain ? Dtype(pick(random, 0, 9) < 4 ? 0 : pick(random, 2, 3)) : Dtype(pick(random, 0, 3));
+    const char border = plain ? 'm' : "mzs"[pick(random, 0, 2)];
+    s.raster = !plain && border != 's' && chance(random, 0.15);
+    s.batch = pick(random, 1, 2);
+    s.kv_heads = pick(random, 1, 2);
+    s.heads = s.kv_heads * (chance(random, 0.3) ? 2 : 1);
+    constexpr int plain_widths[] = {32, 64, 64, 128};
+    s.channels = plain ? plain_widths[pick(random, 0, 3)] : pick(random, 1, chance(random, 0.05) ? 300 : 40);
+    s.value_channels = plain ? s.channels : chance(random, 0.5) ? s.channels : pick(random, 1, chance(random, 0.05) ? 300 : 40);
+    const int longest = plain ? 14 : rank == 1 ? 30 : rank == 2 ? 8 : 5;
+    const int plain_kernel = pick(random, 1, chance(random, 0.2) ? 10 : 4) * 2 + 1;
+    for (int a = 0; a < 3; a++) {
+        brute_force::Axis &x = s.axis[a];
+        x = {1, 1, 1, 1, 1, false, border};
+        if (a < 3 - rank) continue;
+        x.queries = x.keys = pick(random, 1, longest);
+        if (!plain && chance(random, 0.3)) x.keys = pick(random, 1, longest);
+        x.kernel = plain ? plain_kernel : s.raster ? pick(random, 0, 2) * 2 + 1 : pick(random, 1, rank == 1 ? 9 : rank == 2 ? 5 : 3);
+        if (plain) continue;
+        if (!s.raster && chance(random, 0.4)) x.stride = pick(random, 1, x.kernel);
+        if (chance(random, 0.4)) x.dilation = pick(random, 1, 4);
+        if (!s.raster && chance(random, 0.3)) x.causal = true;
+    }
+    if (!plain && chance(random, 0.03)) s.axis[2].queries = 0;
+    if (!plain && chance(random, 0.03)) s.axis[2].keys = 0;
+    s.scale = chance(random, 0.2) ? 0.3 : 1 / std::sqrt(double(s.channels));
+
+    const int b = s.batch, q0 = s.axis[0].queries, q1 = s.axis[1].queries, q2 = s.axis[2].queries, h = s.heads;
+    const int k0 = s.axis[0].keys, k1 = s.axis[1].keys, k2 = s.axis[2].keys;
+    const std::vector<bool> whole(6, false);
+    const Dtype wide = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
+    const auto input = [&](Stored &stored, Dtype type, std::vector<int> extents, std::vector<bool> broadcast, bool aligned) {
+        stored.lay_out(random, type, extents, broadcast, aligned);
+        stored.fill(random, 1);
+    };
+    const auto result = [&](Stored &stored, Dtype type, std::vector<int> extents, const std::vector<bool> &broadcast) {
+        stored.lay_out(random, type, extents, broadcast, plain);
+    };
+    const auto some = [&] {  // axes that a bias leaves out
+        std::vector<bool> broadcast(6);
+        if (chance(random, 0.7))
+            for (int axis = 0; axis < 6; axis++) broadcast[size_t(axis)] = chance(random, 0.4);
+        return broadcast;
+    };
+    std::vector<bool> repeated_batch = whole;
+    repeated_batch[0] = !plain && chance(random, 0.1);
+    input(t.query, dtype, {b, q0, q1, q2, h, s.channels}, whole, plain);
+    input(t.key, dtype, {b, k0, k1, k2, s.kv_heads, s.channels}, repeated_batch, plain);
+    input(t.value, dtype, {b, k0, k1, k2, s.kv_heads, s.value_channels}, whole, plain);
+    input(t.grad_output, dtype, {b, q0, q1, q2, h, s.value_channels}, whole, plain);
+    if (chance(random, 0.5)) input(t.grad_lse, wide, {b, q0, q1, q2, h, 1}, whole, false);
+    result(t.output, dtype, {b, q0, q1, q2, h, s.value_channels}, whole);
+    result(t.lse, wide, {b, q0, q1, q2, h, 1}, whole);
+    result(t.grad_query, dtype, std::vector<int>(t.query.extent, t.query.extent + 6), whole);
+    result(t.grad_key, dtype, std::vector<int>(t.key.extent, t.key.extent + 6), whole);
+    result(t.grad_value, dtype, std::vector<int>(t.value.extent, t.value.extent + 6), whole);
+    const double bias_chance = plain ? 0.04 : 0.3;
+    const auto biased = [&](Stored &stored, Stored &gradient, std::vector<int> extents, const std::vector<bool> &broadcast) {
+        input(stored, dtype, extents, broadcast, false);
+        result(gradient, wide, extents, broadcast);
+    };
+    if (chance(random, bias_chance)) biased(t.bias, t.grad_bias, {b, q0, q1, q2, h, s.entries()}, some());
+    if (chance(random, bias_chance))
+        biased(t.table, t.grad_table,
+               {1, 2 * s.axis[0].kernel - 1, 2 * s.axis[1].kernel - 1, 2 * s.axis[2].kernel - 1, h, 1}, whole);
+    for (int a = 3 - rank; a < 3; a++)
+        if (chance(random, bias_chance / 2))
+            biased(t.axis_bias[a], t.grad_axis_bias[a], {b, q0, q1, q2, h, s.axis[a].kernel}, some());
+    const bool masked = chance(random, plain ? 0.04 : 0.3);
+
+    brute_force::Inputs in;
+    in.query = t.query.values(), in.key = t.key.values(), in.value = t.value.values(), in.bias = t.bias.values();
+    in.grad_output = t.grad_output.values(), in.grad_lse = t.grad_lse.values();
+    for (int a = 0; a < 3; a++) in.axis_bias[a] = t.axis_bias[a].values();
+    if (t.table.present) {  // (head, cells) there, (cells, head) here
+        in.table.resize(size_t(h) * s.cells());
+        t.table.each([&](int64_t at, int64_t i) { in.table[size_t(i % h * s.cells() + i / h)] = t.table.get(at); });
+    }
+    if (masked) {
+        t.mask_bytes.assign(size_t(b * s.keys()) + 1, 0);
+        const double density = chance(random, 0.3) ? 0.1 : 0.7;
+        for (int i = 0; i < b * s.keys(); i++) in.key_mask.push_back(t.mask_bytes[size_t(i)] = chance(random, density));
+        if (in.key_mask.empty()) in.key_mask.push_back(0);
+    }
+    t.expected = brute_force::attention(s, in);
+
+    Problem &p = t.problem;
+    p.dtype = dtype;
+    p.rank = rank;
+    p.batch = b, p.heads = h, p.kv_heads = s.kv_heads, p.channels = s.channels, p.value_channels = s.value_channels;
+    for (int a = 0; a < 3; a++) {
+        const brute_force::Axis &x = s.axis[a];
+        p.axis[a].queries = x.queries, p.axis[a].keys = x.keys, p.axis[a].kernel = x.kernel, p.axis[a].stride = x.stride;
+        p.axis[a].dilation = x.dilation, p.axis[a].causal = x.causal;
+        p.axis[a].border = x.border == 'm' ? Border::mask : x.border == 'z' ? Border::zero : Border::shift;
+    }
+    p.raster = s.raster;
+    p.scale = s.scale;
+    p.query = t.query.tensor(), p.key = t.key.tensor(), p.value = t.value.tensor(), p.bias = t.bias.tensor();
+    p.rel_pos_bias = t.table.tensor();
+    p.output = t.output.tensor(), p.lse = t.lse.tensor();
+    if (masked) {
+        p.key_mask.data = t.mask_bytes.data();
+        p.key_mask.batch = s.keys(), p.key_mask.axis[0] = k1 * k2, p.key_mask.axis[1] = k2, p.key_mask.axis[2] = 1;
+    }
+    p.grad_output = t.grad_output.tensor(), p.grad_lse = t.grad_lse.tensor(), p.grad_query = t.grad_query.tensor();
+    p.grad_key = t.grad_key.tensor(), p.grad_value = t.grad_value.tensor(), p.grad_bias = t.grad_bias.tensor();
+    p.grad_rel_pos_bias = t.grad_table.tensor();
+    for (int a = 0; a < 3; a++) p.axis_bias[a] = t.axis_bias[a].tensor(), p.grad_axis_bias[a] = t.grad_axis_bias[a].tensor();
+}
+
+std::string describe(const Trial &t) {
+    const brute_force::Shape &s = t.shape;
+    char text[512];
+    int n = std::snprintf(text, sizeof text, "%s batch %d heads %d/%d channels %d/%d", name_of(t.problem.dtype), s.batch, s.heads,
+                          s.kv_heads, s.channels, s.value_channels);
+    for (int a = 3 - t.problem.rank; a < 3; a++) {
+        const brute_force::Axis &x = s.axis[a];
+        n += std::snprintf(text + n, sizeof text - size_t(n), " [%d queries %d keys k%d s%d d%d%s %c]", x.queries, x.keys, x.kernel,
+                           x.stride, x.dilation, x.causal ? " causal" : "", x.border);
+    }
+    std::snprintf(text + n, sizeof text - size_t(n), "%s%s%s%s%s", s.raster ? " raster" : "", t.bias.present ? " bias" : "",
+                  t.table.present ? " table" : "", t.mask_bytes.empty() ? "" : " mask", t.grad_lse.present ? " grad_lse" : "");
+    return text;
+}
+
+// Worst difference, relative to the largest value (or `magnitude`) and to what is allowed; infinite for NaN or for a
+// touched gap.
+double judge(const Stored &stored, const std::vector<double> &expected, double relative, double magnitude = 0.1) {
+    if (!stored.present) return 0;
+    std::vector<char> used(stored.memory.size(), 0);
+    std::map<int64_t, double> sums;  // what a broadcast gradient sums over
+    Stored owned = stored;
+    for (int axis = 0; axis < 6; axis++)
+        if (!owned.stride[axis]) owned.extent[axis] = 1;  // an axis that the tensor does not have, even if its extent is 0
+    owned.each([&](int64_t at, int64_t) { sums[at] = 0; });
+    stored.each([&](int64_t at, int64_t i) { sums[at] += expected[size_t(i)]; });
+    double largest = magnitude, worst = 0;
+    for (const auto &[at, sum] : sums)
+        if (std::isfinite(sum)) largest = std::max(largest, std::abs(sum));
+    for (const auto &[at, sum] : sums) {
+        const double got = stored.get(at);
+        if (got != sum) {
+            const double error = std::abs(got - sum) / (relative * largest);
+            worst = error <= worst ? worst : error;  // keeps NaN
+        }
+        const size_t bytes = size_t(stored.size_of_element());
+        std::fill_n(used.begin() + int64_t(size_t(at) * bytes), bytes, 1);
+    }
+    for (size_t i = 0; i < used.size(); i++)
+        if (!used[i] && stored.memory[i] != 0xff) return INFINITY;
+    return worst <= 1e30 ? worst : INFINITY;
+}
+
+std::map<std::string, double> worst_seen;
+int failures = 0;
+
+void expect(const Trial &t, const char *variant, unsigned seed, const char *what, double error) {
+    const std::string key = std::string(variant) + " " + name_of(t.problem.dtype) + " " + what;
+    worst_seen[key] = std::max(worst_seen[key], error);
+    if (error <= 1) return;
+    failures++;
+    std::printf("FAIL %s, %s off by %.3g of what is allowed, seed %u: %s\n", variant, what, error, seed, describe(t).c_str());
+}
+
+void run_pass(const cuda::Variant &variant, Trial &t, Pass pass, unsigned seed) {
+    std::vector<double> workspace(variant.workspace(t.problem, pass) / 8 + 1, NAN);
+    try {
+        const char *error = variant.run(t.problem, pass, nullptr, workspace.data());
+        if (!error) return;
+        std::printf("FAIL %s: %s, seed %u: %s\n", variant.name, error, seed, describe(t).c_str());
+    } catch (const gpu::emulation::Misuse &misuse) {
+        std::printf("FAIL %s: %s, seed %u: %s\n", variant.name, misuse.what(), seed, describe(t).c_str());
+    }
+    failures++;
+}
+
+void check(const cuda::Variant &variant, Trial t, unsigned seed, bool forward, bool backward) {
+    const auto bind = [&] {  // the copy's own memory
+        Problem &p = t.problem;
+        p.query = t.query.tensor(), p.key = t.key.tensor(), p.value = t.value.tensor(), p.bias = t.bias.tensor();
+        p.rel_pos_bias = t.table.tensor(), p.output = t.output.tensor(), p.lse = t.lse.tensor();
+        if (p.key_mask.data) p.key_mask.data = t.mask_bytes.data();
+        p.grad_output = t.grad_output.tensor(), p.grad_lse = t.grad_lse.tensor(), p.grad_query = t.grad_query.tensor();
+        p.grad_key = t.grad_key.tensor(), p.grad_value = t.grad_value.tensor(), p.grad_bias = t.grad_bias.tensor();
+        p.grad_rel_pos_bias = t.grad_table.tensor();
+        for (int a = 0; a < 3; a++)
+            p.axis_bias[a] = t.axis_bias[a].tensor(), p.grad_axis_bias[a] = t.grad_axis_bias[a].tensor();
+    };
+    bind();
+    const double step = half_step(t.problem.dtype), wide = half_step(Dtype::float32);
+    const bool is_double = t.problem.dtype == Dtype::float64;
+    const double outputs = is_double ? 1e-13 : 4 * step + 60 * wide;
+    // Through delta, gradients inherit the rounding of the stored output.
+    const double gradients = is_double ? 1e-12 : 12 * step + 200 * wide;
+    if (forward) {
+        run_pass(variant, t, Pass::forward, seed);
+        expect(t, variant.name, seed, "output", judge(t.output, t.expected.output, outputs));
+        // Tensor cores round the weights, not the scores.
+        expect(t, variant.name, seed, "lse", judge(t.lse, t.expected.lse, is_double ? 1e-13 : 100 * wide));
+    }
+    if (backward) {
+        if (!forward) {
+            t.output.each([&](int64_t at, int64_t i) { t.output.set(at, t.expected.output[size_t(i)]); });
+            t.lse.each([&](int64_t at, int64_t i) { t.lse.set(at, t.expected.lse[size_t(i)]); });
+        }
+        run_pass(variant, t, Pass::backward, seed);
+        expect(t, variant.name, seed, "grad_query", judge(t.grad_query, t.expected.grad_query, gradients));
+        // A key read for every batch has one gradient for each: nothing is summed.
+        expect(t, variant.name, seed, "grad_key", judge(t.grad_key, t.expected.grad_key, gradients));
+        expect(t, variant.name, seed, "grad_value", judge(t.grad_value, t.expected.grad_value, gradients));
+        // Where the sum cancels (over a whole window it is 0), its terms tell what error is to be expected.
+        double largest_term = 0.1;
+        for (double term : t.expected.grad_bias) largest_term = std::max(largest_term, std::abs(term));
+        const double sum = largest_term * std::sqrt(double(t.expected.grad_bias.size()));
+        expect(t, variant.name, seed, "grad_bias", judge(t.grad_bias, t.expected.grad_bias, gradients, sum));
+        for (int a = 0; a < 3; a++)
+            expect(t, variant.name, seed, "grad_axis_bias",
+                   judge(t.grad_axis_bias[a], t.expected.grad_axis_bias[a], gradients, sum));
+        std::vector<double> table(t.expected.grad_table.size());
+        const int cells = t.shape.cells(), heads = t.shape.heads;
+        for (int i = 0; i < cells * heads; i++)
+            table[size_t(i)] = t.expected.grad_table[size_t(i % heads * cells + i / heads)];
+        expect(t, variant.name, seed, "grad_rel_pos_bias", judge(t.grad_table, table, gradients, sum));
+    }
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    const int problems = argc > 1 ? std::atoi(argv[1]) : 200;
+    const unsigned first_seed = argc > 2 ? unsigned(std::strtoul(argv[2], nullptr, 10)) : 1;
+    const char *only = argc > 3 ? argv[3] : nullptr;
+    const cuda::Device device{90, 227 << 10};
+    std::map<std::string, int> taken;
+    std::printf("%d problems from seed %u\n", problems, first_seed);
+    for (int i = 0; i < problems; i++) {
+        const unsigned seed = first_seed + unsigned(i);
+        Random random(seed);
+        Trial trial;
+        draw(random, trial);
+        for (int32_t v = 0; v < cuda::variant_count; v++) {
+            const cuda::Variant &variant = *cuda::variants[v];
+            if (only && std::strcmp(only, variant.name) != 0) continue;
+            const bool forward = !variant.declines(trial.problem, Pass::forward, device);
+            const bool backward = !variant.declines(trial.problem, Pass::backward, device);
+            taken[std::string(variant.name) + " forward"] += forward;
+            taken[std::string(variant.name) + " backward"] += backward;
+            check(variant, trial, seed, forward, backward);
+        }
+    }
+    for (const auto &[name, error] : worst_seen) std::printf("  worst %-50s %.3f of what is allowed\n", name.c_str(), error);
+    for (const auto &[name, count] : taken) std::printf("  %s took %d\n", name.c_str(), count);
+    std::printf("%d failures\n", failures);
+    return failures != 0;
+}
