@@ -8,10 +8,10 @@ packages in ``localattn.compat``, and the readable definition of everything in `
 
 from importlib import metadata
 
-from . import reference
+from . import compat, nn, reference
 from .ops import attention_variant, local_attention, merge_attentions
 
-__all__ = ["attention_variant", "local_attention", "merge_attentions", "reference"]
+__all__ = ["attention_variant", "compat", "local_attention", "merge_attentions", "nn", "reference"]
 
 try:
     __version__ = metadata.version("localattn")
