@@ -1,0 +1,106 @@
+# Everything from nothing: each target makes the virtual environment, installs what it needs and builds, then does its
+# work. Needed beforehand: Python 3.11 or newer with venv, a C++17 compiler, make.
+#
+#   make demo                                 torch from the default package index
+#   make demo TORCH=2.10.0                    another torch
+#   make demo TORCH_INDEX=URL                 torch from another index, such as PyTorch's own of CPU builds, which
+#                                             spares the download of CUDA libraries
+PYTHON ?= python3
+TORCH ?= 2.13.0
+TORCH_INDEX ?=
+PIP_FLAGS ?=
+VENV ?= .venv
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_FLAGS)
+# The working directory stays off sys.path: what runs is the installed package, not the source tree.
+export PYTHONSAFEPATH := 1
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+export PATH := $(BIN):$(PATH)
+
+TOOLS := $(VENV)/.tools-torch$(TORCH)
+CPP_SOURCES = $(shell find core bindings tests examples -name '*.[ch]' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+    2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-core test-sanitizers test-python bench wheel docs lint format install clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: install  ## train a small denoiser on photographs, write localattn-demo.png, compare with plain unfold
+	$(INSTALL) --group demo
+	$(BIN)/python -m localattn demo $(ARGS)
+
+test: test-core test-sanitizers test-python  ## every test: C and C++, sanitizers, Python
+
+test-core: $(TOOLS)  ## the C and C++ tests, warnings as errors
+	cmake --preset dev
+	cmake --build --preset dev
+	ctest --preset dev
+
+test-sanitizers: $(TOOLS)  ## the C and C++ tests under ASan and UBSan, concurrent calls under TSan
+	cmake --preset asan
+	cmake --build --preset asan
+	ctest --preset asan
+	cmake --preset tsan
+	cmake --build --preset tsan
+	ctest --preset tsan
+
+test-python: install  ## the Python tests, against the installed package
+	$(INSTALL) --group test
+	$(BIN)/pytest -n 2 tests/python $(ARGS)
+
+bench: install  ## speed and memory against every peer that is installed; ARGS=--quick takes two minutes
+	$(INSTALL) --group demo
+	$(BIN)/python -m localattn bench $(ARGS)
+
+wheel: $(TOOLS)  ## dist/*.whl for this machine's Python packages, repaired for other machines
+	$(INSTALL) --group wheel
+	rm -rf build/wheel dist
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel \
+	    --config-settings=build-dir=build/wheel-torch$(TORCH) .
+	$(BIN)/python -m auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' build/wheel/*.whl
+	$(BIN)/python -m auditwheel show dist/*.whl
+
+docs: install  ## the documentation as a site, warnings as errors
+	$(INSTALL) --group docs
+	$(BIN)/python -m mkdocs build --strict
+
+lint: $(VENV)/.lint  ## formatting and static checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+format: $(VENV)/.lint  ## put C++ and Python into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+clean:  ## remove everything that make has made
+	rm -rf $(VENV) build dist site localattn-demo.png localattn-bench
+
+# The package, built against this torch and installed; a second time only what changed is compiled.
+install: $(TOOLS)
+	$(INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel-torch$(TORCH) \
+	    --config-settings=cmake.define.LOCALATTN_WERROR=ON .
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	    f"{sys.executable} is Python {v.major}.{v.minor}; 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) pip
+
+$(TOOLS): $(VENV)/bin/python constraints.txt
+	@command -v $${CXX:-c++} >/dev/null || { echo "no C++ compiler: install g++ or clang, or set CXX"; exit 1; }
+	$(PIP) install --quiet $(PIP_FLAGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
+	$(INSTALL) --group build
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/bin/python constraints.txt
+	$(INSTALL) --group lint
+	@touch $@
