@@ -28,10 +28,10 @@ def _mapped(operator, bias_positions, info, in_dims, *arguments):
 
 
 def _slice_by_slice(operator, info, in_dims, *arguments):
-    calls = [
-        operator(*(argument if dim is None else argument.select(dim, i) for argument, dim in zip(arguments, in_dims)))
-        for i in range(info.batch_size)
-    ]
+    def slice_of(argument, dim, i):
+        return argument.select(dim, i) if isinstance(argument, Tensor) and dim is not None else argument
+
+    calls = [operator(*map(slice_of, arguments, in_dims, [i] * len(arguments))) for i in range(info.batch_size)]
     return tuple(torch.stack(results) for results in zip(*calls)), (0,) * len(calls[0])
 
 

@@ -62,6 +62,7 @@ def axis_windows(
         there = on_map
     else:
         there = torch.ones_like(on_map)
+    there = there & (keys > 0)  # an empty map has no outside
     return AxisWindows(residue + dilation * key, there & on_map, there & ~on_map, key - centre + kernel - 1)
 
 
@@ -367,7 +368,7 @@ def routed_attention(
     """
     if query.dim() != 5:
         raise ValueError(f"query must be (batch, height, width, heads, channels), got shape {tuple(query.shape)}")
-    batch, height, width, heads, channels = query.shape
+    batch, height, width, _, channels = query.shape
     _check_shares("key", key, "query", query, "batch", "heads", "channels")
     _check_shares("value", value, "key", key, "batch", "extents", "heads")
     size = ints_per_axis("region_size", region_size, 2)

@@ -306,9 +306,8 @@ Gradients attention_backward(const Tensor &grad_output, const OptionalTensor &gr
         problem.params.grad_lse = described(*grad_lse, Axes::batch_spatial_head);
     }
 
-    const Tensor unneeded = at::empty({0}, query.options());
     std::array<Tensor, 8> gradients;
-    gradients.fill(unneeded);
+    for (Tensor &unneeded : gradients) unneeded = at::empty({0}, query.options());
     const Tensor *inputs[] = {&query, &key, &value};
     localattn_tensor *slots[] = {&problem.params.grad_query, &problem.params.grad_key, &problem.params.grad_value};
     for (int64_t i = 0; i < 3; ++i) {

@@ -1,0 +1,52 @@
+"""What the tests share: kernel variants, NaN-poisoned results, hypothesis settings."""
+
+import hypothesis
+import pytest
+import torch
+
+from localattn import _library
+
+hypothesis.settings.register_profile(
+    "localattn",
+    deadline=None,  # first calls and shared machines are slow
+    database=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("localattn")
+
+
+def pytest_report_header(config):
+    seed = config.getoption("hypothesis_seed", None)
+    if _library.load_error is not None:
+        return f"localattn: {_library.load_error}"
+    variants = ", ".join(v.name if v.unavailable is None else f"{v.name} ({v.unavailable})" for v in _library.variants())
+    return [
+        f"localattn {_library.version()} ({_library.build_info()}), torch {torch.__version__}, variants: {variants}",
+        f"hypothesis seed {seed}; another: --hypothesis-seed=random or a number",
+    ]
+
+
+def available_variants():
+    """Names of the variants this machine runs, best first."""
+    return [v.name for v in _library.variants() if v.unavailable is None]
+
+
+@pytest.fixture(params=[v.name for v in _library.variants()] if _library.load_error is None else [])
+def variant(request, monkeypatch):
+    """Every variant built, forced in turn."""
+    unavailable = {v.name: v.unavailable for v in _library.variants()}[request.param]
+    if unavailable is not None:
+        pytest.skip(f"variant {request.param}: {unavailable}")
+    monkeypatch.setenv("LOCALATTN_CPU_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_results(request):
+    """Memory that torch hands out uninitialised is filled with NaN, so that what a kernel leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if request.node.get_closest_marker("unpoisoned") is None:
+        torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
