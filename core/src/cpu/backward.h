@@ -1,0 +1,348 @@
+// Fused attention, backward, in two passes that both recompute the scores; nothing of size k^2 a pixel is stored.
+//
+//   p = exp(s - lse)      dp = grad_output . v      ds = p (dp - delta)      delta = grad_output . output - grad_lse
+//   query pass: grad_query = scale sum ds k         key pass: grad_value = sum p grad_output, grad_key = scale sum ds q
+//
+// The query pass walks keys for tiles of queries (A = query); the key pass walks queries for tiles of keys (A = key)
+// over the transposed window. Each gradient is finished in one place: no atomics, no halo to add up, one rounding.
+// Work a pair: 3 contractions and 4; a single pass would need 5, but would have to carry weights from one lane order
+// to the other and sum overlapping halos, which cost the prototype as much as the two contractions it saved.
+#pragma once
+#include "scores.h"
+
+namespace localattn::cpu {
+
+// A query that saw no key has lse = -infinity; as +infinity it gives it weights of zero, and its delta cannot matter.
+template <class V>
+LOCALATTN_INLINE void store_statistics(typename V::reg lse, typename V::reg delta, typename V::T *lse_out,
+                                       typename V::T *delta_out) {
+    using T = typename V::T;
+    const typename V::reg lowest = V::all(-T(__builtin_inf()));
+    V::store(lse_out, lse == lowest ? -lowest : lse);
+    V::store(delta_out, lse == lowest ? typename V::reg{} : delta);
+}
+
+// s to weights p, dp to ds, for one row of scores.
+template <class V>
+LOCALATTN_INLINE void differentiate(int64_t n, typename V::reg lse, typename V::reg delta, typename V::T *s,
+                                    typename V::T *dp) {
+    for (int64_t i = 0; i < n * V::lanes; i += V::lanes) {
+        const typename V::reg p = V::exp2(V::load(s + i) - lse);
+        V::store(s + i, p);
+        V::store(dp + i, p * (V::load(dp + i) - delta));
+    }
+}
+
+template <class V>
+struct QueryPassWorker {
+    using T = typename V::T;
+    using Mask = typename V::Mask;
+    using reg = typename V::reg;
+
+    const Plan &plan;
+    const Problem &problem;
+    const Codec<V> &codec;
+    BiasGradients bias_gradients;
+    LaneTile *tiles;
+    int64_t tiles_strip = -1;
+    KeyRing<V> ring;
+    T *q, *grad_o, *o, *grad_q, *s, *dp, *lse, *delta;
+    ptrdiff_t q_row, o_row, s_row;
+
+    QueryPassWorker(const Plan &p, const Codec<V> &c) : plan(p), problem(*p.problem), codec(c) {}
+
+    LOCALATTN_INLINE void take(QueryPassWorker &w, Arena &arena) {
+        const Plan &plan = w.plan;
+        w.tiles = take_tiles(plan, arena);
+        take_key_ring(w.ring, plan, arena);
+        w.q_row = padded(w.problem.channels * V::lanes, sizeof(T));
+        w.o_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
+        w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
+        w.q = arena.take<T>(plan.block_rows * w.q_row);
+        w.grad_q = arena.take<T>(plan.block_rows * w.q_row);
+        w.grad_o = arena.take<T>(plan.block_rows * w.o_row);
+        w.o = arena.take<T>(w.o_row);
+        w.s = arena.take<T>(plan.block_rows * w.s_row);
+        w.dp = arena.take<T>(plan.block_rows * w.s_row);
+        w.lse = arena.take<T>(plan.block_rows * V::lanes);
+        w.delta = arena.take<T>(plan.block_rows * V::lanes);
+    }
+
+    int64_t offset(const Tensor &t, const Job &job, const Block &block, int r, const LaneTile &tile) const {
+        return job.batch * t.batch + job.head * t.head + plan.axis0.query.position[block.row0] * t.axis[0] +
+               plan.axis1.query.position[block.row + r] * t.axis[1] +
+               (tile.phase + plan.lane_axis.query_period * tile.lane) * t.axis[2];
+    }
+    void pack_tile(const Tensor &t, int64_t at_offset, int count, int64_t channels, T factor, T *out) const {
+        codec.pack(at(codec, t, at_offset), t.axis[2] * plan.lane_axis.query_period, t.channel, 0, count, V::lanes,
+                   channels, factor, out, V::lanes);
+    }
+
+    void load_queries(const Job &job, const Block &block, const LaneTile &tile) {
+        const int64_t period = plan.lane_axis.query_period;
+        for (int r = 0; r < block.rows; ++r) {
+            const auto where = [&](const Tensor &t) { return offset(t, job, block, r, tile); };
+            T *go = grad_o + r * o_row;
+            pack_tile(problem.query, where(problem.query), tile.count, problem.channels, T(problem.scale * log2_e),
+                      q + r * q_row);
+            pack_tile(problem.grad_output, where(problem.grad_output), tile.count, problem.value_channels, T(1), go);
+            pack_tile(problem.output, where(problem.output), tile.count, problem.value_channels, T(1), o);
+            reg sum{};
+            for (int64_t c = 0; c < problem.value_channels * V::lanes; c += V::lanes)
+                sum += V::load(go + c) * V::load(o + c);
+            const Tensor &l = problem.lse, &gl = problem.grad_lse;
+            if (gl.data)
+                sum -= gather<V>(static_cast<const T *>(gl.data) + where(gl), gl.axis[2] * period, tile.count, T(0));
+            const reg natural = gather<V>(static_cast<const T *>(l.data) + where(l), l.axis[2] * period, tile.count,
+                                          -T(__builtin_inf()));
+            store_statistics<V>(natural * T(log2_e), sum, lse + r * V::lanes, delta + r * V::lanes);
+            for (int64_t c = 0; c < problem.channels; ++c) V::store(grad_q + r * q_row + c * V::lanes, reg{});
+        }
+    }
+
+    void differentiate_chunk(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk) {
+        const LanePattern &pattern = *tile.pattern;
+        const bool bias = problem.has_bias(), wants_bias = bias_gradients.any();
+        for (int r = 0; r < block.rows; ++r) {
+            for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+                int64_t begin, end;
+                present_rows(plan, block.row0, block.row + r, b0, begin, end);
+                for (int64_t b = most(begin, chunk.begin); b < least(end, chunk.end); ++b) {
+                    const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
+                    T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
+                    const bool real = is_real(plan, block, r, b0, b);
+                    if (!real) {
+                        if (!wants_bias) continue;
+                        for (int i = 0; i < pattern.slots * V::lanes; i += V::lanes) {
+                            V::store(scores + i, reg{});
+                            V::store(ds + i, reg{});
+                        }
+                    }
+                    const BiasRow row =
+                        bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b);
+                    if (bias) codec.add_bias(plan, tile, row, T(log2_e), scores);
+                    differentiate<V>(pattern.slots, V::load(lse + r * V::lanes), V::load(delta + r * V::lanes), scores,
+                                     ds);
+                    const bool partial = problem.raster && b0 == plan.axis0.centre[block.row0] &&
+                                         b == plan.axis1.centre[block.row + r];
+                    const Mask *key_mask = real ? ring.mask_of(b0, b, tile) : nullptr;
+                    mask_scores<V>(tile, partial, key_mask, reg{}, ds);
+                    if (wants_bias) add_bias_gradients<V>(plan, tile, row, bias_gradients, ds);
+                }
+            }
+        }
+    }
+
+    void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {
+        load_queries(job, block, tile);
+        for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
+            const Chunk &chunk = chunks.now;
+            ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, grad_o, o_row,
+                           dp, s_row);
+            differentiate_chunk(job, block, tile, chunk);
+            if (problem.grad_query.data)
+                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, dp, s_row, grad_q,
+                               q_row);
+        }
+        const Tensor &g = problem.grad_query;
+        if (!g.data) return;
+        for (int r = 0; r < block.rows; ++r)
+            codec.unpack(grad_q + r * q_row, tile.count, problem.channels, V::all(T(problem.scale)),
+                         at(codec, g, offset(g, job, block, r, tile)), g.axis[2] * plan.lane_axis.query_period,
+                         g.channel);
+    }
+
+    void run(const Job &job) {
+        if (tiles_strip != job.strip) build_tiles(plan, tiles_strip = job.strip, tiles);
+        ring.slots.clear();
+        const int64_t end = plan.segment[job.segment + 1];
+        for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
+            const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
+            const Chunk all = reach(plan, block, bias_gradients.any());
+            for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
+                if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
+        }
+    }
+};
+
+template <class V>
+struct KeyPassWorker {
+    using T = typename V::T;
+    using Mask = typename V::Mask;
+    using reg = typename V::reg;
+
+    const Plan &plan;
+    const Problem &problem;
+    const Codec<V> &codec;
+    LaneTile *tiles;
+    int64_t tiles_strip = -1;
+    RingSlots slots;
+    PackedRows<V> queries, grad_outputs;
+    T *lse, *delta;  // [ring rows][packed]
+    T *o;            // one packed row of outputs, for delta
+    T *k, *v, *grad_k, *grad_v, *s, *dp;
+    Mask *key_mask;  // [rows][lanes]
+    ptrdiff_t k_row, v_row, s_row;
+
+    KeyPassWorker(const Plan &p, const Codec<V> &c) : plan(p), problem(*p.problem), codec(c) {}
+
+    LOCALATTN_INLINE void take(KeyPassWorker &w, Arena &arena) {
+        const Plan &plan = w.plan;
+        const int64_t ring_rows = plan.ring0 * plan.ring1;
+        w.tiles = take_tiles(plan, arena);
+        w.slots = {arena.take<int64_t>(ring_rows), plan.ring0, plan.ring1};
+        w.queries = take_rows<V>(plan, w.problem.channels, arena);
+        w.grad_outputs = take_rows<V>(plan, w.problem.value_channels, arena);
+        w.lse = arena.take<T>(ring_rows * plan.packed);
+        w.delta = arena.take<T>(ring_rows * plan.packed);
+        w.o = arena.take<T>(w.problem.value_channels * plan.packed);
+        w.k_row = padded(w.problem.channels * V::lanes, sizeof(T));
+        w.v_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
+        w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
+        w.k = arena.take<T>(plan.block_rows * w.k_row);
+        w.v = arena.take<T>(plan.block_rows * w.v_row);
+        w.grad_k = arena.take<T>(plan.block_rows * w.k_row);
+        w.grad_v = arena.take<T>(plan.block_rows * w.v_row);
+        w.s = arena.take<T>(plan.block_rows * w.s_row);
+        w.dp = arena.take<T>(plan.block_rows * w.s_row);
+        w.key_mask = arena.take<Mask>(plan.block_rows * V::lanes);
+    }
+
+    void pack_chunk(const Job &job, int64_t head, const Chunk &chunk) {
+        const RowList &rows0 = plan.axis0.query, &rows1 = plan.axis1.query;
+        const int64_t columns = plan.phase_stride * plan.lane_axis.query_period;
+        for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+            for (int64_t b = chunk.begin; b < chunk.end; ++b) {
+                if (!slots.claims(b0, b, rows1.count)) continue;
+                const int64_t slot = slots.of(b0, b);
+                const auto offset = [&](const Tensor &t) {
+                    return job.batch * t.batch + head * t.head + rows0.position[b0] * t.axis[0] +
+                           rows1.position[b] * t.axis[1];
+                };
+                T *go = grad_outputs.data + slot * grad_outputs.row;
+                T *l = lse + slot * plan.packed, *d = delta + slot * plan.packed;
+                pack_row<V>(plan, codec, problem.query, offset(problem.query), job.strip, problem.channels,
+                            queries.data + slot * queries.row);
+                pack_row<V>(plan, codec, problem.grad_output, offset(problem.grad_output), job.strip,
+                            problem.value_channels, go);
+                pack_row<V>(plan, codec, problem.output, offset(problem.output), job.strip, problem.value_channels, o);
+                pack_numbers<V>(plan, static_cast<const T *>(problem.lse.data) + offset(problem.lse),
+                                problem.lse.axis[2], job.strip, T(log2_e), -T(__builtin_inf()), l);
+                if (problem.grad_lse.data)
+                    pack_numbers<V>(plan, static_cast<const T *>(problem.grad_lse.data) + offset(problem.grad_lse),
+                                    problem.grad_lse.axis[2], job.strip, T(-1), T(0), d);
+                for (int64_t x = 0; x < columns; x += V::lanes) {
+                    reg sum = problem.grad_lse.data ? V::load(d + x) : reg{};
+                    for (int64_t c = 0; c < problem.value_channels; ++c)
+                        sum += V::load(go + c * plan.packed + x) * V::load(o + c * plan.packed + x);
+                    store_statistics<V>(V::load(l + x), sum, l + x, d + x);
+                }
+            }
+        }
+    }
+
+    int64_t offset(const Tensor &t, const Job &job, const Block &block, int r, const LaneTile &tile) const {
+        return job.batch * t.batch + job.head * t.head + plan.axis0.key.position[block.row0] * t.axis[0] +
+               plan.axis1.key.position[block.row + r] * t.axis[1] +
+               (tile.phase + plan.lane_axis.key_period * tile.lane) * t.axis[2];
+    }
+
+    void load_keys(const Job &job, const Block &block, const LaneTile &tile) {
+        const int64_t period = plan.lane_axis.key_period;
+        const auto pack_tile = [&](const Tensor &t, int r, int64_t channels, T factor, T *out) {
+            codec.pack(at(codec, t, offset(t, job, block, r, tile)), t.axis[2] * period, t.channel, 0, tile.count,
+                       V::lanes, channels, factor, out, V::lanes);
+        };
+        for (int r = 0; r < block.rows; ++r) {
+            pack_tile(problem.key, r, problem.channels, T(problem.scale * log2_e), k + r * k_row);
+            pack_tile(problem.value, r, problem.value_channels, T(1), v + r * v_row);
+            for (int64_t c = 0; c < problem.channels; ++c) V::store(grad_k + r * k_row + c * V::lanes, reg{});
+            for (int64_t c = 0; c < problem.value_channels; ++c) V::store(grad_v + r * v_row + c * V::lanes, reg{});
+            if (const Tensor &m = problem.key_mask; m.data) {
+                const uint8_t *attends = static_cast<const uint8_t *>(m.data) + offset(m, job, block, r, tile);
+                for (int l = 0; l < V::lanes; ++l)
+                    key_mask[r * V::lanes + l] = l < tile.count && attends[l * m.axis[2] * period] ? -1 : 0;
+            }
+        }
+    }
+
+    void differentiate_chunk(const Job &job, int64_t head, const Block &block, const LaneTile &tile,
+                             const Chunk &chunk) {
+        const LanePattern &pattern = *tile.pattern;
+        const bool bias = problem.has_bias();
+        for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+            for (int64_t b = chunk.begin; b < chunk.end; ++b) {
+                const PairedRows paired = paired_rows(plan, block, b0, b);
+                const T *l = lse + slots.of(b0, b) * plan.packed + tile.column;
+                const T *d = delta + slots.of(b0, b) * plan.packed + tile.column;
+                for (int r = paired.begin; r < paired.end; ++r) {
+                    const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
+                    T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
+                    if (bias)
+                        codec.add_bias(plan, tile,
+                                       bias_row(plan, job.batch, head, b0, b, block.row0, block.row + r), T(log2_e),
+                                       scores);
+                    for (int i = 0; i < pattern.slots; ++i) {
+                        const int64_t column = pattern.column[i];
+                        differentiate<V>(1, V::load(l + column), V::load(d + column), scores + i * V::lanes,
+                                         ds + i * V::lanes);
+                    }
+                    const bool partial = r >= paired.partial_begin && r < paired.partial_end;
+                    mask_scores<V>(tile, partial, nullptr, reg{}, scores);
+                    mask_scores<V>(tile, partial, nullptr, reg{}, ds);
+                }
+            }
+        }
+    }
+
+    void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {
+        load_keys(job, block, tile);
+        const int64_t group = problem.heads / problem.kv_heads;
+        for (int64_t head = job.head * group; head < (job.head + 1) * group; ++head) {
+            if (group > 1) slots.clear();
+            for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
+                const Chunk &chunk = chunks.now;
+                pack_chunk(job, head, chunk);
+                score_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, k, k_row, s, s_row);
+                score_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, v, v_row, dp,
+                               s_row);
+                differentiate_chunk(job, head, block, tile, chunk);
+                if (problem.grad_value.data)
+                    weigh_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, s, s_row,
+                                   grad_v, v_row);
+                if (problem.grad_key.data)
+                    weigh_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, dp, s_row, grad_k,
+                                   k_row);
+            }
+        }
+        const auto store = [&](const Tensor &t, int r, int64_t channels, T factor, T *g) {
+            if (!t.data) return;
+            if (problem.key_mask.data) {
+                for (int64_t c = 0; c < channels * V::lanes; c += V::lanes)
+                    V::store(g + c, V::keep(V::load_mask(key_mask + r * V::lanes), V::load(g + c)));
+            }
+            codec.unpack(g, tile.count, channels, V::all(factor), at(codec, t, offset(t, job, block, r, tile)),
+                         t.axis[2] * plan.lane_axis.key_period, t.channel);
+        };
+        for (int r = 0; r < block.rows; ++r) {
+            store(problem.grad_key, r, problem.channels, T(problem.scale), grad_k + r * k_row);
+            store(problem.grad_value, r, problem.value_channels, T(1), grad_v + r * v_row);
+        }
+    }
+
+    void run(const Job &job) {
+        if (tiles_strip != job.strip) build_tiles(plan, tiles_strip = job.strip, tiles);
+        slots.clear();
+        const int64_t end = plan.segment[job.segment + 1];
+        for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
+            const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
+            const Chunk all = reach(plan, block, false);
+            for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
+                if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
+        }
+    }
+};
+
+}  // namespace localattn::cpu

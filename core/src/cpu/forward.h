@@ -1,0 +1,197 @@
+// Fused attention, forward.
+//
+//   o[q] = sum_u exp(s[q,u] - max) v[u] / sum_u exp(s[q,u] - max),   s = scale q.k + bias,   lse = max + log(sum)
+//
+// Work: 2 (channels + value channels) multiply-adds a pair, one exp2. Bytes: Q, K, V, O once each, K and V packed into
+// L2-sized strips and read from there k^2/rows times. A job is a strip of columns for a run of query rows of one head;
+// within it a block of query rows x one tile of 16 (or 8, 4) columns has all scores in cache at a time, so nothing of
+// size k^2 a pixel leaves it. Windows too large for that are taken in chunks with a running maximum.
+#pragma once
+#include "scores.h"
+
+namespace localattn::cpu {
+
+template <class V>
+struct ForwardWorker {
+    using T = typename V::T;
+    using Mask = typename V::Mask;
+    using reg = typename V::reg;
+
+    const Plan &plan;
+    const Problem &problem;
+    const Codec<V> &codec;
+    LaneTile *tiles;
+    int64_t tiles_strip = -1;
+    KeyRing<V> ring;
+    T *q, *o, *s, *maximum, *sum;
+    ptrdiff_t q_row, o_row, s_row;
+
+    ForwardWorker(const Plan &p, const Codec<V> &c) : plan(p), problem(*p.problem), codec(c) {}
+
+    LOCALATTN_INLINE void take(ForwardWorker &w, Arena &arena) {
+        const Plan &plan = w.plan;
+        w.tiles = take_tiles(plan, arena);
+        take_key_ring(w.ring, plan, arena);
+        w.q_row = padded(w.problem.channels * V::lanes, sizeof(T));
+        w.o_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
+        w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
+        w.q = arena.take<T>(plan.block_rows * w.q_row);
+        w.o = arena.take<T>(plan.block_rows * w.o_row);
+        w.s = arena.take<T>(plan.block_rows * w.s_row);
+        w.maximum = arena.take<T>(plan.block_rows * V::lanes);
+        w.sum = arena.take<T>(plan.block_rows * V::lanes);
+    }
+
+    // What the micro-kernel left out: rows outside the map, biases, masks.
+    void finish_scores(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk) {
+        const LanePattern &pattern = *tile.pattern;
+        const bool bias = problem.has_bias(), outside = problem.axis[2].border == Border::zero;
+        if (!bias && !outside && !pattern.masks_scores && !ring.key_mask && !problem.raster) return;
+        for (int r = 0; r < block.rows; ++r) {
+            for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+                int64_t begin, end;
+                present_rows(plan, block.row0, block.row + r, b0, begin, end);
+                for (int64_t b = most(begin, chunk.begin); b < least(end, chunk.end); ++b) {
+                    T *row = s + r * s_row + chunk.index(b0, b) * pattern.slots * V::lanes;
+                    const bool real = is_real(plan, block, r, b0, b);
+                    if (!real)
+                        for (int i = 0; i < pattern.slots; ++i) V::store(row + i * V::lanes, reg{});
+                    if (bias)
+                        codec.add_bias(plan, tile,
+                                       bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b),
+                                       T(log2_e), row);
+                    const bool partial = problem.raster && b0 == plan.axis0.centre[block.row0] &&
+                                         b == plan.axis1.centre[block.row + r];
+                    mask_scores<V>(tile, partial, real ? ring.mask_of(b0, b, tile) : nullptr,
+                                   V::all(-T(__builtin_inf())), row);
+                }
+            }
+        }
+    }
+
+    // Scores to weights, exp2(s - maximum); earlier chunks' sums move to the new maximum.
+    void soften(const Block &block, const LaneTile &tile, const Chunk &chunk, bool first) {
+        const int64_t cell = tile.pattern->slots * V::lanes;
+        const reg lowest = V::all(-T(__builtin_inf()));
+        for (int r = 0; r < block.rows; ++r) {
+            reg m0 = V::load(maximum + r * V::lanes), m1 = lowest, m2 = lowest, m3 = lowest;
+            const reg before = m0;
+            T *row = s + r * s_row;
+            const auto each_piece = [&](auto &&piece) __attribute__((always_inline)) {
+                for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+                    int64_t begin, end;
+                    present_rows(plan, block.row0, block.row + r, b0, begin, end);
+                    begin = most(begin, chunk.begin);
+                    end = least(end, chunk.end);
+                    if (begin < end) piece(row + chunk.index(b0, begin) * cell, (end - begin) * tile.pattern->slots);
+                }
+            };
+            each_piece([&](const T *p, int64_t n) __attribute__((always_inline)) {
+                int64_t i = 0;
+                for (; i + 4 <= n; i += 4, p += 4 * V::lanes) {
+                    m0 = V::max(m0, V::load(p));
+                    m1 = V::max(m1, V::load(p + V::lanes));
+                    m2 = V::max(m2, V::load(p + 2 * V::lanes));
+                    m3 = V::max(m3, V::load(p + 3 * V::lanes));
+                }
+                for (; i < n; ++i, p += V::lanes) m0 = V::max(m0, V::load(p));
+            });
+            m0 = V::max(V::max(m0, m1), V::max(m2, m3));
+            V::store(maximum + r * V::lanes, m0);
+            // Nothing seen yet: any finite shift gives weights of zero.
+            const reg shift = m0 == lowest ? reg{} : m0;
+            reg s0{}, s1{};
+            if (!first) {
+                const reg decay = V::exp2(before - shift);
+                s0 = decay * V::load(sum + r * V::lanes);
+                for (int64_t c = 0; c < problem.value_channels; ++c) {
+                    T *p = o + r * o_row + c * V::lanes;
+                    V::store(p, decay * V::load(p));
+                }
+            }
+            each_piece([&](T *p, int64_t n) __attribute__((always_inline)) {
+                int64_t i = 0;
+                for (; i + 4 <= n; i += 4, p += 4 * V::lanes) {
+                    const reg a = V::exp2(V::load(p) - shift);
+                    const reg b = V::exp2(V::load(p + V::lanes) - shift);
+                    const reg c = V::exp2(V::load(p + 2 * V::lanes) - shift);
+                    const reg d = V::exp2(V::load(p + 3 * V::lanes) - shift);
+                    V::store(p, a);
+                    V::store(p + V::lanes, b);
+                    V::store(p + 2 * V::lanes, c);
+                    V::store(p + 3 * V::lanes, d);
+                    s0 += a + b;
+                    s1 += c + d;
+                }
+                for (; i < n; ++i, p += V::lanes) {
+                    const reg a = V::exp2(V::load(p) - shift);
+                    V::store(p, a);
+                    s0 += a;
+                }
+            });
+            V::store(sum + r * V::lanes, s0 + s1);
+        }
+    }
+
+    void finish(const Job &job, const Block &block, const LaneTile &tile) {
+        const int64_t period = plan.lane_axis.query_period;
+        for (int r = 0; r < block.rows; ++r) {
+            const reg total = V::load(sum + r * V::lanes);
+            const reg inverse = total == reg{} ? reg{} : V::all(T(1)) / total;
+            const auto offset = [&](const Tensor &t) {
+                return job.batch * t.batch + job.head * t.head + plan.axis0.query.position[block.row0] * t.axis[0] +
+                       plan.axis1.query.position[block.row + r] * t.axis[1] +
+                       (tile.phase + period * tile.lane) * t.axis[2];
+            };
+            const Tensor &out = problem.output, &lse = problem.lse;
+            codec.unpack(o + r * o_row, tile.count, problem.value_channels, inverse, at(codec, out, offset(out)),
+                         out.axis[2] * period, out.channel);
+            if (lse.data) {
+                alignas(64) T natural[V::lanes];
+                V::store(natural, (V::load(maximum + r * V::lanes) + V::log2(total)) * T(ln_2));
+                T *p = static_cast<T *>(lse.data) + offset(lse);
+                for (int l = 0; l < tile.count; ++l) p[l * lse.axis[2] * period] = natural[l];
+            }
+        }
+    }
+
+    void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {
+        const int64_t period = plan.lane_axis.query_period;
+        const Tensor &query = problem.query;
+        for (int r = 0; r < block.rows; ++r) {
+            const int64_t offset = job.batch * query.batch + job.head * query.head +
+                                   plan.axis0.query.position[block.row0] * query.axis[0] +
+                                   plan.axis1.query.position[block.row + r] * query.axis[1] +
+                                   (tile.phase + period * tile.lane) * query.axis[2];
+            codec.pack(at(codec, query, offset), query.axis[2] * period, query.channel, 0, tile.count, V::lanes,
+                       problem.channels, T(problem.scale * log2_e), q + r * q_row, V::lanes);
+            V::store(maximum + r * V::lanes, V::all(-T(__builtin_inf())));
+            V::store(sum + r * V::lanes, reg{});
+            for (int64_t c = 0; c < problem.value_channels; ++c) V::store(o + r * o_row + c * V::lanes, reg{});
+        }
+        bool first = true;
+        for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks); first = false) {
+            const Chunk &chunk = chunks.now;
+            ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row);
+            finish_scores(job, block, tile, chunk);
+            soften(block, tile, chunk, first);
+            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, s, s_row, o, o_row);
+        }
+        finish(job, block, tile);
+    }
+
+    void run(const Job &job) {
+        if (tiles_strip != job.strip) build_tiles(plan, tiles_strip = job.strip, tiles);
+        ring.slots.clear();
+        const int64_t end = plan.segment[job.segment + 1];
+        for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
+            const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
+            const Chunk all = reach(plan, block, true);
+            for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
+                if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
+        }
+    }
+};
+
+}  // namespace localattn::cpu

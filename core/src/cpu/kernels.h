@@ -1,0 +1,139 @@
+// The vector variant of one instruction set: everything that an isa/ file compiles for itself.
+#pragma once
+#include "../variant.h"
+#include "backward.h"
+#include "forward.h"
+
+namespace localattn::cpu {
+
+// Cache budgets, for cores with 1 MiB of L2 (512 KiB lose a few percent): the packed ring and the scores of a chunk.
+inline constexpr int64_t ring_bytes = 600 * 1024, forward_score_bytes = 256 * 1024, backward_score_bytes = 48 * 1024;
+
+template <class V, class Element>
+LOCALATTN_INLINE Codec<V> make_codec() {
+    return {pack<V, Element>, unpack<V, Element>, add_bias<V, Element>, sizeof(Element)};
+}
+
+template <class V>
+LOCALATTN_INLINE PlanOptions options_for(Side a, bool forward, int32_t workers) {
+    PlanOptions o;
+    o.a = a;
+    o.lanes = V::lanes;
+    o.element = sizeof(typename V::T);
+    o.block_rows = max_rows(V::registers);
+    o.workers = workers;
+    o.ring_bytes = ring_bytes;
+    o.score_bytes = forward ? forward_score_bytes : backward_score_bytes;
+    o.whole_rows = forward;
+    return o;
+}
+
+// Jobs are handed out one by one: which worker does which changes no result.
+template <class V, class Worker>
+struct PassRun {
+    const Plan *plan;
+    const Codec<V> *codec;
+    const BiasGroups *bias_groups;
+    int64_t groups;  // of consecutive jobs that one worker does in order
+    int64_t next;
+    char *memory;
+    size_t worker_bytes;
+};
+
+template <class V>
+LOCALATTN_INLINE void set_bias_gradients(QueryPassWorker<V> &w, const BiasGroups *groups, int64_t group) {
+    if (groups) w.bias_gradients = gradients_of(*groups, groups->groups == 0 ? 0 : group);
+}
+template <class Worker>
+LOCALATTN_INLINE void set_bias_gradients(Worker &, const BiasGroups *, int64_t) {}
+
+template <class V, class Worker>
+static void work(void *argument, int32_t index) {
+    auto &pass = *static_cast<PassRun<V, Worker> *>(argument);
+    Worker worker(*pass.plan, *pass.codec);
+    Arena arena(pass.memory + static_cast<size_t>(index) * pass.worker_bytes);
+    Worker::take(worker, arena);
+    const int64_t jobs = pass.plan->jobs;
+    for (;;) {
+        const int64_t group = __atomic_fetch_add(&pass.next, 1, __ATOMIC_RELAXED);
+        if (group >= pass.groups) return;
+        set_bias_gradients(worker, pass.bias_groups, group);
+        for (int64_t j = jobs * group / pass.groups; j < jobs * (group + 1) / pass.groups; ++j)
+            worker.run(job_of(*pass.plan, j));
+    }
+}
+
+// Runs one pass, or, without memory, measures what it needs.
+template <class V, class Worker>
+static size_t run_pass(const Problem &problem, const PlanOptions &options, const Codec<V> &codec,
+                       const Workers &workers, bool bias_gradients, void *memory) {
+    Arena arena(memory);
+    BiasGroups groups;
+    if (bias_gradients) groups = make_bias_groups(problem, options.element, arena);
+    const Plan plan = make_plan(problem, options, arena);
+    Arena measure(nullptr);
+    Worker worker(plan, codec);
+    Worker::take(worker, measure);
+    const size_t shared = arena.used(), each = measure.used();
+    if (memory) {
+        if (bias_gradients) clear(groups);
+        const bool grouped = bias_gradients && groups.groups > 0;
+        PassRun<V, Worker> pass{&plan,
+                              &codec,
+                              bias_gradients ? &groups : nullptr,
+                              grouped ? least(groups.groups, most(1, plan.jobs)) : plan.jobs,
+                              0,
+                              static_cast<char *>(memory) + shared,
+                              each};
+        workers.run(workers, static_cast<int32_t>(least(workers.count, pass.groups)), work<V, Worker>, &pass);
+        if (bias_gradients) reduce(groups);
+    }
+    return shared + static_cast<size_t>(workers.count) * each;
+}
+
+template <class V>
+static size_t run_all(const Problem &problem, Pass pass, const Codec<V> &codec, const Workers &workers, void *memory) {
+    if (pass == Pass::forward)
+        return run_pass<V, ForwardWorker<V>>(problem, options_for<V>(Side::query, true, workers.count), codec, workers,
+                                             false, memory);
+    size_t most_bytes = 0;
+    const bool bias = problem.wants_bias_gradient();
+    if (problem.grad_query.data || bias) {
+        // With gradients added up over jobs, the jobs must be the same for any number of workers.
+        const PlanOptions options = options_for<V>(Side::query, false, bias ? 8 : workers.count);
+        most_bytes = run_pass<V, QueryPassWorker<V>>(problem, options, codec, workers, bias, memory);
+    }
+    if (problem.grad_key.data || problem.grad_value.data) {
+        const PlanOptions options = options_for<V>(Side::key, false, workers.count);
+        const size_t bytes = run_pass<V, KeyPassWorker<V>>(problem, options, codec, workers, false, memory);
+        if (bytes > most_bytes) most_bytes = bytes;
+    }
+    return most_bytes;
+}
+
+template <class Isa>
+static size_t run_dtype(const Problem &problem, Pass pass, const Workers &workers, void *memory) {
+    using Single = Vector<Isa, float>;
+    using Double = Vector<Isa, double>;
+    switch (problem.dtype) {
+        case Dtype::float64: return run_all<Double>(problem, pass, make_codec<Double, double>(), workers, memory);
+        case Dtype::float16: return run_all<Single>(problem, pass, make_codec<Single, float16>(), workers, memory);
+        case Dtype::bfloat16: return run_all<Single>(problem, pass, make_codec<Single, bfloat16>(), workers, memory);
+        default: return run_all<Single>(problem, pass, make_codec<Single, float>(), workers, memory);
+    }
+}
+
+static const char *declines_nothing(const Problem &, Pass) { return nullptr; }
+
+template <class Isa>
+static size_t workspace(const Problem &problem, Pass pass, int32_t count) {
+    Workers workers;
+    workers.count = count;
+    return run_dtype<Isa>(problem, pass, workers, nullptr);
+}
+template <class Isa>
+static void run(const Problem &problem, Pass pass, const Workers &workers, void *memory) {
+    run_dtype<Isa>(problem, pass, workers, memory);
+}
+
+}  // namespace localattn::cpu

@@ -1,0 +1,175 @@
+// The two contractions that all attention passes are made of, on register tiles of `Rows` x `Columns`.
+//
+// Lane = position: each lane of a register is one position of the accumulating side (a query in the forward) along the
+// fastest axis. The other side lies packed as [channel][position], so loading from one position further on moves all
+// lanes to their next window entry: no pair outside the window is computed.
+//
+//   scores:  s[row][entry][lane]   = sum over channels  a[row][channel][lane] * b[channel][column + entry + lane]
+//   values:  o[row][channel][lane] += sum over b rows and entries  p[row][b row][entry][lane]
+//                                                                * v[b row][channel][column + entry + lane]
+//
+// Work: one multiply-add a lane and inner step. Loads a step: Rows (aligned) + Columns (mostly unaligned) for
+// Rows*Columns multiply-adds, hence tiles as large as the register file: the table below.
+#pragma once
+#include "vector.h"
+
+namespace localattn::cpu {
+
+constexpr int max_rows(int registers) { return registers >= 32 ? 6 : 4; }
+// Accumulators, one register per row for the a operand and one for b.
+constexpr int max_columns(int registers, int rows) {
+    const int columns = (registers - rows - 1) / rows;
+    return columns > 16 ? 16 : columns;
+}
+
+// How `total` columns are cut into register tiles for `rows` rows: `parts` tiles whose widths differ by at most one.
+struct TileSplit {
+    int parts;
+    int width(int total, int part) const { return total / parts + (part < total % parts); }
+};
+LOCALATTN_INLINE TileSplit split_tiles(int registers, int rows, int total) {
+    const int widest = max_columns(registers, rows);
+    return {(total + widest - 1) / widest};
+}
+
+template <class V, int Rows, int Columns>
+__attribute__((noinline)) static void scores_tile(const typename V::T *__restrict a, ptrdiff_t a_row,
+                                                  const typename V::T *__restrict b, ptrdiff_t b_channel,
+                                                  int64_t channels, typename V::T *__restrict s, ptrdiff_t s_row,
+                                                  const typename V::T *prefetch) {
+    using reg = typename V::reg;
+    reg sum[Rows][Columns];
+    LOCALATTN_UNROLL
+    for (int r = 0; r < Rows; ++r)
+        LOCALATTN_UNROLL
+        for (int n = 0; n < Columns; ++n) sum[r][n] = reg{};
+#pragma GCC unroll 1
+    for (int64_t c = 0; c < channels; ++c) {
+        reg x[Rows];
+        LOCALATTN_UNROLL
+        for (int r = 0; r < Rows; ++r) {
+            x[r] = V::load(a + r * a_row);
+            V::hold(x[r]);
+        }
+        __builtin_prefetch(prefetch);
+        prefetch += b_channel;
+        LOCALATTN_UNROLL
+        for (int n = 0; n < Columns; ++n) {
+            reg y = V::load(b + n);
+            V::hold(y);
+            LOCALATTN_UNROLL
+            for (int r = 0; r < Rows; ++r) sum[r][n] += x[r] * y;
+        }
+        a += V::lanes;
+        b += b_channel;
+    }
+    LOCALATTN_UNROLL
+    for (int r = 0; r < Rows; ++r)
+        LOCALATTN_UNROLL
+        for (int n = 0; n < Columns; ++n) V::store(s + r * s_row + n * V::lanes, sum[r][n]);
+}
+
+// With Masked, an element of v counts as 0 in the lanes that the entry's mask leaves out, so that what those lanes must
+// not see (NaN and infinity too) cannot reach them.
+template <class V, int Rows, int Columns, bool Masked>
+__attribute__((noinline)) static void values_tile(const typename V::T *__restrict p, ptrdiff_t p_row, ptrdiff_t p_b_row,
+                                                  const typename V::T *__restrict v, ptrdiff_t v_channel,
+                                                  ptrdiff_t v_row, int b_rows, int entries,
+                                                  const typename V::Mask *mask, typename V::T *__restrict o,
+                                                  ptrdiff_t o_row) {
+    using reg = typename V::reg;
+    reg sum[Rows][Columns];
+    LOCALATTN_UNROLL
+    for (int r = 0; r < Rows; ++r)
+        LOCALATTN_UNROLL
+        for (int n = 0; n < Columns; ++n) sum[r][n] = V::load(o + r * o_row + n * V::lanes);
+#pragma GCC unroll 1
+    for (int y = 0; y < b_rows; ++y) {
+        const typename V::T *pp = p + y * p_b_row, *vv = v + y * v_row;
+#pragma GCC unroll 1
+        for (int e = 0; e < entries; ++e) {
+            reg x[Rows];
+            LOCALATTN_UNROLL
+            for (int r = 0; r < Rows; ++r) {
+                x[r] = V::load(pp + r * p_row);
+                V::hold(x[r]);
+            }
+            typename V::mask m{};
+            if constexpr (Masked) m = V::load_mask(mask + e * V::lanes);
+            LOCALATTN_UNROLL
+            for (int n = 0; n < Columns; ++n) {
+                reg z = V::load(vv + n * v_channel);
+                if constexpr (Masked) z = V::keep(m, z);
+                V::hold(z);
+                LOCALATTN_UNROLL
+                for (int r = 0; r < Rows; ++r) sum[r][n] += x[r] * z;
+            }
+            pp += V::lanes;
+            ++vv;
+        }
+    }
+    LOCALATTN_UNROLL
+    for (int r = 0; r < Rows; ++r)
+        LOCALATTN_UNROLL
+        for (int n = 0; n < Columns; ++n) V::store(o + r * o_row + n * V::lanes, sum[r][n]);
+}
+
+// The tiles by number of rows and columns, filled at compile time.
+template <class V>
+struct Microkernels {
+    using T = typename V::T;
+    using Mask = typename V::Mask;
+    using Scores = void (*)(const T *, ptrdiff_t, const T *, ptrdiff_t, int64_t, T *, ptrdiff_t, const T *);
+    using Values = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, ptrdiff_t, int, int, const Mask *,
+                            T *, ptrdiff_t);
+    static constexpr int rows = max_rows(V::registers);
+
+    struct Table {
+        Scores scores[rows + 1][17] = {};
+        Values values[2][rows + 1][17] = {};
+    };
+    template <int R, int N>
+    static constexpr void fill_columns(Table &t) {
+        t.scores[R][N] = scores_tile<V, R, N>;
+        t.values[0][R][N] = values_tile<V, R, N, false>;
+        t.values[1][R][N] = values_tile<V, R, N, true>;
+        if constexpr (N > 1) fill_columns<R, N - 1>(t);
+    }
+    template <int R>
+    static constexpr void fill_rows(Table &t) {
+        fill_columns<R, max_columns(V::registers, R)>(t);
+        if constexpr (R > 1) fill_rows<R - 1>(t);
+    }
+    static constexpr Table make() {
+        Table t;
+        fill_rows<rows>(t);
+        return t;
+    }
+    static constexpr Table table = make();
+
+    // Scores of `count` consecutive entries.
+    LOCALATTN_INLINE void scores(int r, const T *a, ptrdiff_t a_row, const T *b, ptrdiff_t b_channel, int64_t channels,
+                                 T *s, ptrdiff_t s_row, int count, const T *prefetch) {
+        const TileSplit split = split_tiles(V::registers, r, count);
+        for (int i = 0, done = 0; i < split.parts; ++i) {
+            const int n = split.width(count, i);
+            table.scores[r][n](a, a_row, b + done, b_channel, channels, s + done * V::lanes, s_row, prefetch);
+            done += n;
+            prefetch += 16;
+        }
+    }
+    // Adds the contribution of `entries` consecutive entries of b_rows rows to all channels. mask: NULL or per entry.
+    LOCALATTN_INLINE void values(int r, const T *p, ptrdiff_t p_row, ptrdiff_t p_b_row, const T *v, ptrdiff_t v_channel,
+                                 ptrdiff_t v_row, int b_rows, int entries, const Mask *mask, T *o, ptrdiff_t o_row,
+                                 int channels) {
+        const TileSplit split = split_tiles(V::registers, r, channels);
+        for (int i = 0, done = 0; i < split.parts; ++i) {
+            const int n = split.width(channels, i);
+            table.values[mask != nullptr][r][n](p, p_row, p_b_row, v + done * v_channel, v_channel, v_row, b_rows,
+                                                entries, mask, o + done * V::lanes, o_row);
+            done += n;
+        }
+    }
+};
+
+}  // namespace localattn::cpu

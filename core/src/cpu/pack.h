@@ -1,0 +1,124 @@
+// Between tensors of any element type and strides, and packed [channel][position] blocks of the kernel's type.
+//
+// Bytes: every element is read or written once; a block of lanes x lanes is transposed in registers when channels are
+// contiguous (channels-last), copied when positions are (channels-first), gathered one by one otherwise.
+#pragma once
+#include "vector.h"
+
+namespace localattn::cpu {
+
+// In place: row i, lane j  ->  row j, lane i. log2(lanes) rounds, each exchanging blocks of half the size.
+template <class V>
+LOCALATTN_INLINE void transpose(typename V::reg (&row)[V::lanes]) {
+    V::Isa::transpose(row);
+}
+
+template <class V, class Element>
+LOCALATTN_INLINE typename V::reg load_some(const Element *p, int count) {
+    using T = typename V::T;
+    if (count == V::lanes) return V::load_as(p);
+    alignas(64) T t[V::lanes] = {};
+    for (int i = 0; i < count; ++i) t[i] = load_as<T>(p + i);
+    return V::load(t);
+}
+template <class V, class Element>
+LOCALATTN_INLINE void store_some(Element *p, typename V::reg x, int count) {
+    using T = typename V::T;
+    if (count == V::lanes) return V::store_as(p, x);
+    alignas(64) T t[V::lanes];
+    V::store(t, x);
+    for (int i = 0; i < count; ++i) store_from(t[i], p + i);
+}
+
+// out[c * out_channel + x] = factor * in[x * position + c * channel] for x in [from, to), 0 for the other x of
+// [0, columns); columns is a multiple of lanes. `in` is the address of x = 0, which need not exist.
+template <class V, class Element>
+static void pack(const void *source, int64_t position, int64_t channel, int64_t from, int64_t to, int64_t columns,
+                 int64_t channels, typename V::T factor, typename V::T *out, int64_t out_channel) {
+    using T = typename V::T;
+    using reg = typename V::reg;
+    const Element *in = static_cast<const Element *>(source);
+    constexpr int L = V::lanes;
+    const reg f = V::all(factor);
+    for (int64_t x = 0; x < columns; x += L) {
+        const int64_t lo = from > x ? from - x : 0, hi = to < x + L ? to - x : L;
+        T *o = out + x;
+        if (lo >= hi) {
+            for (int64_t c = 0; c < channels; ++c) V::store(o + c * out_channel, reg{});
+        } else if (channel == 1) {
+            for (int64_t c = 0; c < channels; c += L) {
+                const int n = static_cast<int>(channels - c < L ? channels - c : L);
+                reg row[L];
+                if (lo == 0 && hi == L && n == L) {
+                    LOCALATTN_UNROLL
+                    for (int l = 0; l < L; ++l) row[l] = V::load_as(in + (x + l) * position + c);
+                } else {
+                    for (int l = 0; l < L; ++l)
+                        row[l] = l >= lo && l < hi ? load_some<V>(in + (x + l) * position + c, n) : reg{};
+                }
+                transpose<V>(row);
+                if (n == L) {
+                    LOCALATTN_UNROLL
+                    for (int l = 0; l < L; ++l) V::store(o + (c + l) * out_channel, f * row[l]);
+                } else {
+                    for (int l = 0; l < n; ++l) V::store(o + (c + l) * out_channel, f * row[l]);
+                }
+            }
+        } else if (position == 1 && lo == 0 && hi == L) {
+            for (int64_t c = 0; c < channels; ++c)
+                V::store(o + c * out_channel, f * V::load_as(in + x + c * channel));
+        } else {
+            for (int64_t c = 0; c < channels; ++c) {
+                alignas(64) T t[L] = {};
+                const Element *p = in + x * position + c * channel;
+                for (int64_t l = lo; l < hi; ++l) t[l] = load_as<T>(p + l * position);
+                V::store(o + c * out_channel, f * V::load(t));
+            }
+        }
+    }
+}
+
+// out[x * position + c * channel] = factor[x] * in[c * lanes + x] for x in [0, count), count <= lanes.
+template <class V, class Element>
+static void unpack(const typename V::T *in, int count, int64_t channels, typename V::reg factor, void *destination,
+                   int64_t position, int64_t channel) {
+    using T = typename V::T;
+    using reg = typename V::reg;
+    Element *out = static_cast<Element *>(destination);
+    constexpr int L = V::lanes;
+    if (channel == 1) {
+        for (int64_t c = 0; c < channels; c += L) {
+            const int n = static_cast<int>(channels - c < L ? channels - c : L);
+            reg row[L];
+            LOCALATTN_UNROLL
+            for (int l = 0; l < L; ++l) row[l] = l < n ? factor * V::load(in + (c + l) * L) : reg{};
+            transpose<V>(row);
+            if (n == L && count == L) {
+                LOCALATTN_UNROLL
+                for (int l = 0; l < L; ++l) V::store_as(out + l * position + c, row[l]);
+            } else {
+                for (int l = 0; l < count; ++l) store_some<V>(out + l * position + c, row[l], n);
+            }
+        }
+    } else if (position == 1) {
+        for (int64_t c = 0; c < channels; ++c)
+            store_some<V>(out + c * channel, factor * V::load(in + c * L), count);
+    } else {
+        alignas(64) T t[L];
+        for (int64_t c = 0; c < channels; ++c) {
+            V::store(t, factor * V::load(in + c * L));
+            for (int l = 0; l < count; ++l) store_from(t[l], out + l * position + c * channel);
+        }
+    }
+}
+
+// One vector of `count` scalars at a stride; the other lanes are `rest`.
+template <class V, class Element>
+LOCALATTN_INLINE typename V::reg gather(const Element *p, int64_t position, int count, typename V::T rest) {
+    using T = typename V::T;
+    alignas(64) T t[V::lanes];
+    for (int l = 0; l < V::lanes; ++l) t[l] = l < count ? load_as<T>(p + l * position) : rest;
+    return V::load(t);
+}
+
+}  // namespace localattn::cpu

@@ -1,0 +1,365 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace localattn::cpu {
+
+namespace {
+
+int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+void take_list(RowList &list, int64_t count, int64_t classes, Arena &arena) {
+    list.count = count;
+    list.position = arena.take<int64_t>(count);
+    list.begin = arena.take<int64_t>(count);
+    list.end = arena.take<int64_t>(count);
+    list.chain = arena.take<int64_t>(classes + 1);
+}
+
+}  // namespace
+
+RowAxis make_row_axis(const Axis &axis, Arena &arena) {
+    RowAxis rows;
+    rows.classes = std::min(axis.dilation, axis.keys);
+    take_list(rows.query, axis.queries, rows.classes, arena);
+    take_list(rows.key, axis.keys, rows.classes, arena);
+    rows.first = arena.take<int64_t>(axis.queries);
+    rows.centre = arena.take<int64_t>(axis.queries);
+    rows.present_begin = arena.take<int64_t>(axis.queries);
+    rows.present_end = arena.take<int64_t>(axis.queries);
+    rows.longest_key_chain = ceil_div(axis.keys, axis.dilation);
+    // Exact without dilation; with it, each key is the centre of at most ceil(Lq / Lk) queries.
+    rows.longest_query_chain =
+        axis.dilation == 1 ? axis.queries
+                           : std::min(axis.queries, rows.longest_key_chain * ceil_div(axis.queries, axis.keys));
+    if (arena.counting()) return rows;
+
+    int64_t next = 0;
+    for (int64_t g = 0; g < rows.classes; ++g) {
+        rows.key.chain[g] = next;
+        for (int64_t j = g; j < axis.keys; j += axis.dilation) rows.key.position[next++] = j;
+    }
+    rows.key.chain[rows.classes] = next;
+
+    // A stable counting sort of the queries by class.
+    std::fill(rows.query.chain, rows.query.chain + rows.classes + 1, 0);
+    for (int64_t i = 0; i < axis.queries; ++i) ++rows.query.chain[centre_of(axis, i) % axis.dilation + 1];
+    for (int64_t g = 0; g < rows.classes; ++g) rows.query.chain[g + 1] += rows.query.chain[g];
+    for (int64_t i = 0; i < axis.queries; ++i) {
+        const int64_t g = centre_of(axis, i) % axis.dilation;
+        rows.query.position[rows.query.chain[g]++] = i;
+    }
+    for (int64_t g = rows.classes; g > 0; --g) rows.query.chain[g] = rows.query.chain[g - 1];
+    rows.query.chain[0] = 0;
+
+    for (int64_t g = 0; g < rows.classes; ++g) {
+        const int64_t keys = rows.key.chain[g];
+        int64_t from = rows.query.chain[g], to = from;  // queries whose windows hold the key at hand
+        for (int64_t a = rows.query.chain[g]; a < rows.query.chain[g + 1]; ++a) {
+            const Window w = window_of(axis, rows.query.position[a]);
+            rows.first[a] = keys + w.start;
+            rows.centre[a] = keys + w.centre;
+            rows.query.begin[a] = keys + w.start + w.begin;
+            rows.query.end[a] = keys + w.start + w.end;
+            rows.present_begin[a] = keys + w.start + w.present_begin;
+            rows.present_end[a] = keys + w.start + w.present_end;
+        }
+        for (int64_t b = keys; b < rows.key.chain[g + 1]; ++b) {
+            while (from < rows.query.chain[g + 1] && rows.query.end[from] <= b) ++from;
+            to = std::max(to, from);
+            while (to < rows.query.chain[g + 1] && rows.query.begin[to] <= b) ++to;
+            rows.key.begin[b] = from;
+            rows.key.end[b] = to;
+        }
+    }
+    return rows;
+}
+
+LaneAxis make_lane_axis(const Axis &axis) {
+    LaneAxis lane;
+    lane.axis = axis;
+    const int64_t common = std::gcd(axis.queries, axis.keys);
+    const int64_t p = axis.queries / common, q = axis.keys / common;
+    const int64_t step = std::lcm(q, axis.dilation * axis.stride);
+    // A period beyond the extent means one lane: the same as any longer one.
+    if (step >= axis.keys) {
+        lane.key_period = axis.keys;
+        lane.query_period = axis.queries;
+    } else {
+        lane.key_period = step;
+        lane.query_period = step / q * p;
+    }
+    // A window is moved or cut if the same axis without ends would give another one.
+    const auto untouched = [&](const Window &w) {
+        const int64_t leader = w.centre / axis.stride * axis.stride + (axis.causal ? axis.stride - 1 : axis.stride / 2);
+        const int64_t start = leader - (axis.causal ? axis.kernel - 1 : axis.kernel / 2);
+        return start == w.start && start >= 0 && (axis.causal || start + axis.kernel <= w.length);
+    };
+    lane.inner_end = axis.queries;
+    for (int64_t i = 0; i < axis.queries; ++i) {
+        const Window w = window_of(axis, i);
+        if (!untouched(w)) {
+            if (i < axis.queries / 2) lane.inner_begin = i + 1;
+            else lane.inner_end = std::min(lane.inner_end, i);
+        }
+        if (w.present_begin >= w.present_end) continue;
+        const int64_t base = w.residue - lane.key_period * (i / lane.query_period);
+        lane.lowest = std::min(lane.lowest, base + axis.dilation * (w.start + w.present_begin));
+        lane.highest = std::max(lane.highest, base + axis.dilation * (w.start + w.present_end - 1));
+    }
+    return lane;
+}
+
+// With A = query a pair's key is at key_period * (query lane) + r with lowest <= r <= highest; with A = key, at
+// key_period * (key lane) + phase, so that the query's lane is key lane + (phase - r) / key_period.
+int64_t LaneAxis::lowest_offset(Side a) const {
+    return a == Side::query ? floor_div(lowest, key_period) : ceil_div(-highest, key_period);
+}
+int64_t LaneAxis::highest_offset(Side a) const {
+    return a == Side::query ? floor_div(highest, key_period) : floor_div(key_period - 1 - lowest, key_period);
+}
+int64_t LaneAxis::most_slots(Side a) const {
+    if (a == Side::query) return (highest - lowest) / axis.dilation + 1;
+    return query_period * ((highest - lowest) / key_period + 1);
+}
+
+Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena) {
+    Plan plan;
+    plan.problem = &problem;
+    plan.a = options.a;
+    plan.lanes = options.lanes;
+    plan.element = options.element;
+    plan.axis0 = make_row_axis(problem.axis[0], arena);
+    plan.axis1 = make_row_axis(problem.axis[1], arena);
+    plan.lane_axis = make_lane_axis(problem.axis[2]);
+    const LaneAxis &lane = plan.lane_axis;
+    const Side a = options.a, b = a == Side::query ? Side::key : Side::query;
+    plan.most_slots = lane.most_slots(a);
+
+    // Rows of A that one block can have, and rows of B that such a block can pair with.
+    const Axis &axis1 = problem.axis[1];
+    const bool from_queries = a == Side::query;
+    const int64_t chain1 = from_queries ? plan.axis1.longest_query_chain : plan.axis1.longest_key_chain;
+    plan.block_rows = static_cast<int>(std::min<int64_t>(options.block_rows, chain1));
+    const auto span = [&](const RowAxis &rows, const Axis &axis, int64_t block) {
+        const int64_t longest = from_queries ? rows.longest_key_chain : rows.longest_query_chain;
+        // Queries of one class step through its keys at most this fast.
+        const int64_t rate_num = from_queries ? axis.keys : axis.queries;
+        const int64_t rate_den = from_queries ? axis.queries : axis.keys;
+        const int64_t step = ceil_div(rate_num, rate_den);
+        const int64_t reach = (axis.kernel + 2 * axis.stride) * (from_queries ? 1 : step) + step;
+        int64_t most = reach + block * step + 1;
+        const bool outside = from_queries && axis.border == Border::zero;
+        const bool shifted = !from_queries && (axis.border == Border::shift || axis.causal);
+        if (shifted) most += (axis.kernel + axis.stride) * step;
+        return outside ? most : std::min(most, longest);
+    };
+    const int64_t span0 = span(plan.axis0, problem.axis[0], 1);
+    const int64_t span1 = span(plan.axis1, axis1, plan.block_rows);
+
+    // Strips as wide as the ring's budget allows, balanced; one tile at least.
+    const int64_t tiles = ceil_div(lane.lanes(a), plan.lanes);
+    const int64_t offsets = lane.highest_offset(a) - lane.lowest_offset(a);
+    const int64_t channels = problem.channels + problem.value_channels;
+    const auto packed_positions = [&](int64_t strip_tiles) {
+        const int64_t phase = ceil_div(strip_tiles * plan.lanes + offsets, plan.lanes) * plan.lanes;
+        int64_t all = phase * lane.period(b);
+        // Channels an odd number of cache lines apart do not fall into the same sets.
+        const int64_t line = 64 / plan.element;
+        all = ceil_div(all, line) * line;
+        if (all / line % 2 == 0) all += line;
+        return all;
+    };
+    const auto ring_bytes = [&](int64_t strip_tiles) {
+        return span0 * span1 * channels * packed_positions(strip_tiles) * plan.element;
+    };
+    int64_t wide = 1;
+    while (wide < tiles && ring_bytes(wide + 1) <= options.ring_bytes) ++wide;
+    plan.strips = ceil_div(tiles, wide);
+    plan.strip_tiles = ceil_div(tiles, plan.strips);
+    plan.strips = ceil_div(tiles, plan.strip_tiles);
+    plan.packed = packed_positions(plan.strip_tiles);
+    plan.phase_stride = ceil_div(plan.strip_tiles * plan.lanes + offsets, plan.lanes) * plan.lanes;
+
+    const int64_t row_bytes = channels * plan.packed * plan.element;
+    const int64_t score_row_bytes = plan.block_rows * plan.most_slots * plan.lanes * plan.element;
+    const int64_t ring_rows = std::max<int64_t>(1, 2 * options.ring_bytes / row_bytes);
+    const int64_t score_rows = std::max<int64_t>(1, options.score_bytes / std::max<int64_t>(1, score_row_bytes));
+    if (span0 * span1 <= ring_rows) {
+        plan.ring0 = span0;
+        plan.ring1 = span1;
+    } else {
+        plan.ring0 = 1;
+        plan.ring1 = std::min(span1, ring_rows);
+    }
+    plan.chunk_rows = span0 * span1;
+    plan.chunked = !options.whole_rows || plan.chunk_rows > score_rows || span0 * span1 > plan.ring0 * plan.ring1;
+    if (plan.chunked) plan.chunk_rows = std::min({plan.chunk_rows, score_rows, plan.ring1});
+
+    // Segments: enough jobs for every worker to have several, none so short that refilling the ring dominates.
+    const RowAxis &rows = plan.axis1;
+    const int64_t rows_a = from_queries ? rows.query.count : rows.key.count;
+    plan.a_heads = from_queries ? problem.heads : problem.kv_heads;
+    const int64_t others = problem.batch * plan.a_heads * plan.rows0().count * plan.strips * rows.classes;
+    const int64_t shortest = std::max<int64_t>(plan.block_rows, span1 + span1 / 2 - plan.block_rows);
+    int64_t parts = 1;
+    while (others * parts < 4 * options.workers && chain1 / (parts + 1) >= shortest) ++parts;
+    int64_t length = std::max<int64_t>(1, ceil_div(chain1, parts));
+    length = ceil_div(length, plan.block_rows) * plan.block_rows;
+    const int64_t most_segments = rows_a / length + rows.classes;
+    plan.segment = arena.take<int64_t>(most_segments + 1);
+    if (!arena.counting()) {
+        const int64_t *chain = plan.rows1().chain;
+        plan.segments = 0;
+        for (int64_t g = 0; g < rows.classes; ++g)
+            for (int64_t row = chain[g]; row < chain[g + 1]; row += length) plan.segment[plan.segments++] = row;
+        plan.segment[plan.segments] = rows_a;
+        plan.jobs = problem.batch * plan.a_heads * plan.rows0().count * plan.strips * plan.segments;
+    }
+    return plan;
+}
+
+Job job_of(const Plan &plan, int64_t index) {
+    Job job;
+    job.segment = index % plan.segments;
+    index /= plan.segments;
+    job.head = index % plan.a_heads;
+    index /= plan.a_heads;
+    job.row0 = index % plan.rows0().count;
+    index /= plan.rows0().count;
+    job.batch = index % plan.problem->batch;
+    job.strip = index / plan.problem->batch;
+    return job;
+}
+
+LaneTile *take_tiles(const Plan &plan, Arena &arena) {
+    const int64_t tiles = tiles_in_strip(plan);
+    LaneTile *all = arena.take<LaneTile>(tiles);
+    const int64_t slots = plan.most_slots + 1;  // one that is written before it proves empty
+    const int64_t cells = slots * plan.lanes;
+    for (int64_t i = 0; i < tiles; ++i) {
+        LanePattern own{};
+        own.run = arena.take<LaneRun>(slots);
+        own.column = arena.take<int64_t>(slots);
+        own.query = arena.take<int64_t>(slots);
+        own.relative = arena.take<int32_t>(slots);
+        own.entry = arena.take<int32_t>(cells);
+        own.mask = arena.take<char>(cells * plan.element);
+        own.raster_mask = plan.problem->raster ? arena.take<char>(cells * plan.element) : nullptr;
+        if (!arena.counting()) {
+            all[i] = LaneTile{};
+            all[i].own = own;
+        }
+    }
+    return all;
+}
+
+int64_t first_packed_lane(const Plan &plan, int64_t strip) {
+    return strip * plan.strip_lanes() + plan.lane_axis.lowest_offset(plan.a);
+}
+
+namespace {
+
+void set_mask(void *mask, int element, int64_t cell, bool value) {
+    if (element == 4)
+        static_cast<int32_t *>(mask)[cell] = value ? -1 : 0;
+    else
+        static_cast<int64_t *>(mask)[cell] = value ? -1 : 0;
+}
+
+// Adds to the tile's own pattern the slot whose B elements have this phase and are `offset` lanes on, if any lane of
+// the tile pairs with it.
+void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile) {
+    const LaneAxis &lane = plan.lane_axis;
+    const Axis &axis = lane.axis;
+    LanePattern &pattern = tile.own;
+    const Side a = plan.a, b = a == Side::query ? Side::key : Side::query;
+    const int64_t cell = static_cast<int64_t>(pattern.slots) * plan.lanes;
+    bool any = false, lacks = false, lacks_real = false;
+    for (int l = 0; l < plan.lanes; ++l) {
+        const int64_t a_position = lane.period(a) * (tile.lane + l) + tile.phase;
+        const int64_t b_position = lane.period(b) * (tile.lane + l + offset) + b_phase;
+        const int64_t query = a == Side::query ? a_position : b_position;
+        const int64_t key = a == Side::query ? b_position : a_position;
+        int64_t u = -1;
+        if (a_position < lane.extent(a) && query >= 0 && query < axis.queries) {
+            const Window w = window_of(axis, query);
+            const int64_t distance = key - (w.residue + axis.dilation * w.start);
+            if (distance % axis.dilation == 0 && distance / axis.dilation >= w.present_begin &&
+                distance / axis.dilation < w.present_end) {
+                u = distance / axis.dilation;
+                any = true;
+                pattern.relative[pattern.slots] =
+                    static_cast<int32_t>((key - w.residue) / axis.dilation - w.centre + axis.kernel - 1);
+            }
+        }
+        pattern.entry[cell + l] = static_cast<int32_t>(u);
+        // Lanes beyond the map take part in anything: their results are thrown away.
+        const bool paired = u >= 0 || a_position >= lane.extent(a);
+        set_mask(pattern.mask, plan.element, cell + l, paired);
+        if (pattern.raster_mask)
+            set_mask(pattern.raster_mask, plan.element, cell + l, paired && u <= axis.kernel / 2);
+        if (!paired) {
+            lacks = true;
+            lacks_real |= b_position >= 0 && b_position < lane.extent(b);
+        }
+    }
+    if (!any) return;
+    const int64_t column = b_phase * plan.phase_stride + offset;
+    pattern.column[pattern.slots] = column;
+    pattern.query[pattern.slots] =
+        a == Side::query ? tile.phase : lane.query_period * offset + b_phase;
+    LaneRun *last = pattern.runs > 0 ? &pattern.run[pattern.runs - 1] : nullptr;
+    if (last && last->column + last->count == column && offset > lane.lowest_offset(a))
+        ++last->count;
+    else
+        pattern.run[pattern.runs++] = {pattern.slots, 1, column};
+    ++pattern.slots;
+    pattern.masks_scores |= lacks;
+    pattern.masks_values |= lacks_real;
+}
+
+// Whether no border touches any pair of the tile's lanes.
+bool is_inner(const LaneAxis &lane, Side a, int lanes, const LaneTile &tile) {
+    const int64_t low = a == Side::query ? 0 : lane.lowest_offset(a);
+    const int64_t high = a == Side::query ? 0 : lane.highest_offset(a);
+    return tile.count == lanes && lane.query_period * (tile.lane + low) >= lane.inner_begin &&
+           lane.query_period * (tile.lane + lanes + high) <= lane.inner_end;
+}
+
+}  // namespace
+
+void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
+    const LaneAxis &lane = plan.lane_axis;
+    const Side a = plan.a, b = a == Side::query ? Side::key : Side::query;
+    const int64_t first_lane = first_packed_lane(plan, strip);
+    for (int64_t phase = 0; phase < lane.period(a); ++phase) {
+        const LanePattern *inner = nullptr;
+        for (int64_t i = 0; i < plan.strip_tiles; ++i) {
+            LaneTile &tile = tiles[phase * plan.strip_tiles + i];
+            tile.phase = phase;
+            tile.lane = strip * plan.strip_lanes() + i * plan.lanes;
+            tile.column = tile.lane - first_lane;
+            tile.query = lane.query_period * tile.lane;
+            const int64_t existing = (lane.extent(a) - phase + lane.period(a) - 1) / lane.period(a) - tile.lane;
+            tile.count = static_cast<int32_t>(std::clamp<int64_t>(existing, 0, plan.lanes));
+            if (tile.count == 0) continue;
+            const bool shares = is_inner(lane, a, plan.lanes, tile);
+            if (shares && inner) {
+                tile.pattern = inner;
+                continue;
+            }
+            tile.pattern = &tile.own;
+            tile.own.slots = tile.own.runs = 0;
+            tile.own.masks_scores = tile.own.masks_values = false;
+            for (int64_t b_phase = 0; b_phase < lane.period(b); ++b_phase)
+                for (int64_t offset = lane.lowest_offset(a); offset <= lane.highest_offset(a); ++offset)
+                    add_slot(plan, b_phase, offset, tile);
+            if (shares) inner = tile.pattern;
+        }
+    }
+}
+
+}  // namespace localattn::cpu

@@ -1,0 +1,127 @@
+// Scores of one tile against a chunk of B's rows, with biases and masks: what every pass begins with.
+#pragma once
+#include "bias.h"
+#include "microkernels.h"
+
+namespace localattn::cpu {
+
+inline constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
+
+// Of query row `row` of A: the rows of B present in its window for b0, those outside the map included.
+LOCALATTN_INLINE void present_rows(const Plan &plan, int64_t row0, int64_t row, int64_t b0, int64_t &begin,
+                                   int64_t &end) {
+    begin = plan.axis1.present_begin[row];
+    end = plan.axis1.present_end[row];
+    if (plan.problem->raster) {
+        if (b0 > plan.axis0.centre[row0]) end = begin;
+        if (b0 == plan.axis0.centre[row0]) end = least(end, plan.axis1.centre[row] + 1);
+    }
+}
+
+// Whether the pair of rows, one that is present in the window, is a row of keys and not of zeros outside the map.
+LOCALATTN_INLINE bool is_real(const Plan &plan, const Block &block, int r, int64_t b0, int64_t b) {
+    const RowList &rows0 = plan.axis0.query, &rows1 = plan.axis1.query;
+    return b0 >= rows0.begin[block.row0] && b0 < rows0.end[block.row0] && b >= rows1.begin[block.row + r] &&
+           b < rows1.end[block.row + r];
+}
+
+// Rows of tile buffers an odd number of cache lines apart, so that they do not fall into the same sets.
+LOCALATTN_INLINE ptrdiff_t padded(ptrdiff_t elements, int element) {
+    const ptrdiff_t line = 64 / element;
+    const ptrdiff_t lines = (elements + line - 1) / line;
+    return (lines % 2 ? lines : lines + 1) * line;
+}
+
+// s[row][b][slot][lane] = a . b for the paired rows of the chunk.
+template <class V>
+LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
+                                  const RingSlots &slots, const PackedRows<V> &rows, int64_t channels,
+                                  const typename V::T *a, ptrdiff_t a_row, typename V::T *s, ptrdiff_t s_row) {
+    const LanePattern &pattern = *tile.pattern;
+    const int64_t cell = pattern.slots * V::lanes;
+    for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+        for (int64_t b = chunk.begin; b < chunk.end; ++b) {
+            const PairedRows paired = paired_rows(plan, block, b0, b);
+            if (paired.begin >= paired.end) continue;
+            const typename V::T *packed = rows.data + slots.of(b0, b) * rows.row + tile.column;
+            const typename V::T *next = rows.data + slots.of(b0, b + 1) * rows.row + tile.column;
+            typename V::T *out = s + paired.begin * s_row + chunk.index(b0, b) * cell;
+            for (int i = 0; i < pattern.runs; ++i) {
+                const LaneRun &run = pattern.run[i];
+                Microkernels<V>::scores(paired.end - paired.begin, a + paired.begin * a_row, a_row,
+                                        packed + run.column, plan.packed, channels, out + run.slot * V::lanes, s_row,
+                                        run.count, next + run.column);
+            }
+        }
+    }
+}
+
+// o[row] += p . b over the paired rows of the chunk. Neighbouring rows of B with the same pairs go together, as many as
+// leave their weights in the L1 cache.
+template <class V>
+LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
+                                  const RingSlots &slots, const PackedRows<V> &rows, int64_t channels,
+                                  const typename V::T *p, ptrdiff_t p_row, typename V::T *o, ptrdiff_t o_row) {
+    using Mask = typename V::Mask;
+    const LanePattern &pattern = *tile.pattern;
+    if (pattern.slots == 0) return;
+    const int64_t cell = pattern.slots * V::lanes;
+    const Mask *plain_mask = pattern.masks_values ? static_cast<const Mask *>(pattern.mask) : nullptr;
+    const Mask *raster_mask = static_cast<const Mask *>(pattern.raster_mask);
+    const int64_t l1 = 24576 / static_cast<int64_t>(sizeof(typename V::T));
+    for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+        for (int64_t b = chunk.begin; b < chunk.end;) {
+            const PairedRows paired = paired_rows(plan, block, b0, b);
+            const bool partial = paired.partial_begin < paired.partial_end;
+            const int64_t together = most(1, l1 / (most(1, paired.end - paired.begin) * cell));
+            int64_t last = b + 1;
+            while (!partial && last < chunk.end && last - b < together && last % slots.ring1 != 0) {
+                const PairedRows next = paired_rows(plan, block, b0, last);
+                if (next.begin != paired.begin || next.end != paired.end || next.partial_begin < next.partial_end)
+                    break;
+                ++last;
+            }
+            const typename V::T *packed = rows.data + slots.of(b0, b) * rows.row + tile.column;
+            const auto weigh = [&](int begin, int end, const Mask *mask) __attribute__((always_inline)) {
+                if (begin >= end) return;
+                const typename V::T *weights = p + begin * p_row + chunk.index(b0, b) * cell;
+                for (int i = 0; i < pattern.runs; ++i) {
+                    const LaneRun &run = pattern.run[i];
+                    Microkernels<V>::values(end - begin, weights + run.slot * V::lanes, p_row, cell,
+                                            packed + run.column, plan.packed, rows.row, static_cast<int>(last - b),
+                                            run.count, mask ? mask + run.slot * V::lanes : nullptr,
+                                            o + begin * o_row, o_row, static_cast<int>(channels));
+                }
+            };
+            if (partial) {
+                weigh(paired.begin, paired.partial_begin, plain_mask);
+                weigh(paired.partial_begin, paired.partial_end, raster_mask);
+                weigh(paired.partial_end, paired.end, plain_mask);
+            } else {
+                weigh(paired.begin, paired.end, plain_mask);
+            }
+            b = last;
+        }
+    }
+}
+
+// One row of scores: `lacking` where a lane does not have the slot, or its key is masked (key_mask slides with the lanes).
+template <class V>
+LOCALATTN_INLINE void mask_scores(const LaneTile &tile, bool partial, const typename V::Mask *key_mask,
+                                  typename V::reg lacking, typename V::T *s) {
+    using Mask = typename V::Mask;
+    const LanePattern &pattern = *tile.pattern;
+    if (pattern.masks_scores || partial) {
+        const Mask *mask = static_cast<const Mask *>(partial ? pattern.raster_mask : pattern.mask);
+        for (int i = 0; i < pattern.slots * V::lanes; i += V::lanes)
+            V::store(s + i, V::choose(V::load_mask(mask + i), V::load(s + i), lacking));
+    }
+    if (key_mask) {
+        for (int i = 0; i < pattern.slots; ++i) {
+            typename V::T *p = s + i * V::lanes;
+            V::store(p, V::choose(V::load_mask(key_mask + pattern.column[i]), V::load(p), lacking));
+        }
+    }
+}
+
+}  // namespace localattn::cpu
