@@ -154,36 +154,39 @@ struct Trial {
     brute_force::Results expected;
 };
 
-// Half of the problems are of the plain kind that fast variants take; the others draw every option.
+// Half of the problems have the layout, widths and types that tiled variants take, and half of those the plain window.
 void draw(Random &random, Trial &t) {
-    const bool plain = chance(random, 0.5);
+    const bool tiled = chance(random, 0.5), plain = tiled && chance(random, 0.5);
     brute_force::Shape &s = t.shape;
-    const int rank = plain ? 2 : pick(random, 1, 3);
-    const Dtype dtype = plain ? Dtype(pick(random, 0, 9) < 4 ? 0 : pick(random, 2, 3)) : Dtype(pick(random, 0, 3));
+    const int rank = tiled ? 2 - chance(random, 0.1) : pick(random, 1, 3);
+    const Dtype dtype = tiled ? Dtype(pick(random, 0, 9) < 3 ? 0 : pick(random, 2, 3)) : Dtype(pick(random, 0, 3));
     const char border = plain ? 'm' : "mzs"[pick(random, 0, 2)];
-    s.raster = !plain && border != 's' && chance(random, 0.15);
+    s.raster = !tiled && border != 's' && chance(random, 0.15);
     s.batch = pick(random, 1, 2);
     s.kv_heads = pick(random, 1, 2);
     s.heads = s.kv_heads * (chance(random, 0.3) ? 2 : 1);
-    constexpr int plain_widths[] = {32, 64, 64, 128};
-    s.channels = plain ? plain_widths[pick(random, 0, 3)] : pick(random, 1, chance(random, 0.05) ? 300 : 40);
-    s.value_channels = plain ? s.channels : chance(random, 0.5) ? s.channels : pick(random, 1, chance(random, 0.05) ? 300 : 40);
-    const int longest = plain ? 14 : rank == 1 ? 30 : rank == 2 ? 8 : 5;
-    const int plain_kernel = pick(random, 1, chance(random, 0.2) ? 10 : 4) * 2 + 1;
+    constexpr int widths[] = {8, 16, 32, 32, 40, 64, 64, 72, 128};
+    s.channels = tiled ? widths[pick(random, 0, 8)] : pick(random, 1, chance(random, 0.05) ? 300 : 40);
+    s.value_channels = chance(random, 0.7) ? s.channels
+                       : tiled             ? widths[pick(random, 0, 8)]
+                                           : pick(random, 1, chance(random, 0.05) ? 300 : 40);
+    const int longest = tiled ? (rank == 1 ? 60 : 14) : rank == 1 ? 30 : rank == 2 ? 8 : 5;
+    const int widest = tiled ? (chance(random, 0.2) ? 21 : 9) : rank == 1 ? 9 : rank == 2 ? 5 : 3;
+    const int plain_kernel = pick(random, 0, widest / 2) * 2 + 1;
     for (int a = 0; a < 3; a++) {
         brute_force::Axis &x = s.axis[a];
         x = {1, 1, 1, 1, 1, false, border};
         if (a < 3 - rank) continue;
         x.queries = x.keys = pick(random, 1, longest);
         if (!plain && chance(random, 0.3)) x.keys = pick(random, 1, longest);
-        x.kernel = plain ? plain_kernel : s.raster ? pick(random, 0, 2) * 2 + 1 : pick(random, 1, rank == 1 ? 9 : rank == 2 ? 5 : 3);
+        x.kernel = plain ? plain_kernel : s.raster ? pick(random, 0, 2) * 2 + 1 : pick(random, 1, widest);
         if (plain) continue;
         if (!s.raster && chance(random, 0.4)) x.stride = pick(random, 1, x.kernel);
         if (chance(random, 0.4)) x.dilation = pick(random, 1, 4);
         if (!s.raster && chance(random, 0.3)) x.causal = true;
     }
-    if (!plain && chance(random, 0.03)) s.axis[2].queries = 0;
-    if (!plain && chance(random, 0.03)) s.axis[2].keys = 0;
+    if (!tiled && chance(random, 0.03)) s.axis[2].queries = 0;
+    if (!tiled && chance(random, 0.03)) s.axis[2].keys = 0;
     s.scale = chance(random, 0.2) ? 0.3 : 1 / std::sqrt(double(s.channels));
 
     const int b = s.batch, q0 = s.axis[0].queries, q1 = s.axis[1].queries, q2 = s.axis[2].queries, h = s.heads;
@@ -195,7 +198,7 @@ void draw(Random &random, Trial &t) {
         stored.fill(random, 1);
     };
     const auto result = [&](Stored &stored, Dtype type, std::vector<int> extents, const std::vector<bool> &broadcast) {
-        stored.lay_out(random, type, extents, broadcast, plain);
+        stored.lay_out(random, type, extents, broadcast, tiled);
     };
     const auto some = [&] {  // axes that a bias leaves out
         std::vector<bool> broadcast(6);
@@ -204,18 +207,18 @@ void draw(Random &random, Trial &t) {
         return broadcast;
     };
     std::vector<bool> repeated_batch = whole;
-    repeated_batch[0] = !plain && chance(random, 0.1);
-    input(t.query, dtype, {b, q0, q1, q2, h, s.channels}, whole, plain);
-    input(t.key, dtype, {b, k0, k1, k2, s.kv_heads, s.channels}, repeated_batch, plain);
-    input(t.value, dtype, {b, k0, k1, k2, s.kv_heads, s.value_channels}, whole, plain);
-    input(t.grad_output, dtype, {b, q0, q1, q2, h, s.value_channels}, whole, plain);
+    repeated_batch[0] = !tiled && chance(random, 0.1);
+    input(t.query, dtype, {b, q0, q1, q2, h, s.channels}, whole, tiled);
+    input(t.key, dtype, {b, k0, k1, k2, s.kv_heads, s.channels}, repeated_batch, tiled);
+    input(t.value, dtype, {b, k0, k1, k2, s.kv_heads, s.value_channels}, whole, tiled);
+    input(t.grad_output, dtype, {b, q0, q1, q2, h, s.value_channels}, whole, tiled);
     if (chance(random, 0.5)) input(t.grad_lse, wide, {b, q0, q1, q2, h, 1}, whole, false);
     result(t.output, dtype, {b, q0, q1, q2, h, s.value_channels}, whole);
     result(t.lse, wide, {b, q0, q1, q2, h, 1}, whole);
     result(t.grad_query, dtype, std::vector<int>(t.query.extent, t.query.extent + 6), whole);
     result(t.grad_key, dtype, std::vector<int>(t.key.extent, t.key.extent + 6), whole);
     result(t.grad_value, dtype, std::vector<int>(t.value.extent, t.value.extent + 6), whole);
-    const double bias_chance = plain ? 0.04 : 0.3;
+    const double bias_chance = tiled ? 0.04 : 0.3;
     const auto biased = [&](Stored &stored, Stored &gradient, std::vector<int> extents, const std::vector<bool> &broadcast) {
         input(stored, dtype, extents, broadcast, false);
         result(gradient, wide, extents, broadcast);
@@ -227,7 +230,7 @@ void draw(Random &random, Trial &t) {
     for (int a = 3 - rank; a < 3; a++)
         if (chance(random, bias_chance / 2))
             biased(t.axis_bias[a], t.grad_axis_bias[a], {b, q0, q1, q2, h, s.axis[a].kernel}, some());
-    const bool masked = chance(random, plain ? 0.04 : 0.3);
+    const bool masked = chance(random, tiled ? 0.04 : 0.3);
 
     brute_force::Inputs in;
     in.query = t.query.values(), in.key = t.key.values(), in.value = t.value.values(), in.bias = t.bias.values();

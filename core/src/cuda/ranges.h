@@ -1,0 +1,38 @@
+// The window rule as tables, for the fast kernels: per axis and query, the contiguous range of entries of its residue
+// class that it sees. A small kernel fills them once a call, so that the 64-bit divisions of the rule are not repeated in
+// every block. Queries of one class see ranges whose ends never decrease; the fast kernels rely on it.
+#pragma once
+#include "../problem.h"
+#include "../window.h"
+#include "gpu.h"
+
+namespace localattn::cuda {
+
+using namespace gpu;
+
+// In coordinates of the class. With border zero it may reach outside the map, where key and value are 0.
+struct Range {
+    int32_t begin, end;
+};
+
+constexpr int range_threads = 128;
+
+// The last two axes only: rows, then columns.
+struct RangeArguments {
+    Axis axis[2];
+    Range *range[2];
+};
+
+GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_ranges(GPU_ARGUMENT RangeArguments arguments) {
+    GPU_UNROLL for (int a = 0; a < 2; ++a) {
+        const int64_t step = int64_t(grid_extent().x) * range_threads;
+        for (int64_t query = int64_t(block_index().x) * range_threads + thread_index();
+             query < arguments.axis[a].queries; query += step) {
+            const Window window = window_of(arguments.axis[a], query);
+            arguments.range[a][query] = {int32_t(window.start + window.present_begin),
+                                         int32_t(window.start + window.present_end)};
+        }
+    }
+}
+
+}  // namespace localattn::cuda
