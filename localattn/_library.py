@@ -18,7 +18,7 @@ TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
 BINDING_PREFIX = "localattn_torch-"
 
 
-def _library_directory() -> Path:
+def library_directory() -> Path:
     """Where the libraries lie: beside this file, or, where this file is run from a source tree, in the installation."""
     candidates = [Path(__file__).parent / "lib"]
     try:
@@ -34,7 +34,7 @@ def _library_directory() -> Path:
 def _load_binding() -> str | None:
     """Registers the operators. Returns what is wrong, or None."""
     try:
-        directory = _library_directory()
+        directory = library_directory()
     except OSError as error:
         return str(error)
     binding = directory / f"{BINDING_PREFIX}{TORCH_MINOR}.so"
@@ -84,7 +84,7 @@ class _CVariantInfo(ctypes.Structure):
 @functools.cache
 def core() -> ctypes.CDLL:
     """The core library. Raises OSError where it is not installed or does not load."""
-    library = ctypes.CDLL(str(min(_library_directory().glob("liblocalattn.so*"))))
+    library = ctypes.CDLL(str(min(library_directory().glob("liblocalattn.so*"))))
     library.localattn_version.restype = ctypes.c_char_p
     library.localattn_build_info.restype = ctypes.c_char_p
     return library
