@@ -77,7 +77,7 @@ class Windows(NamedTuple):
 
 def windows(query_extent: Sequence[int], key_extent: Sequence[int], options: WindowOptions, device) -> Windows:
     """The window rule for all axes: the product of the axes' windows."""
-    _check_options(options)
+    check_options(options)
     rank = len(options.kernel_size)
     axes = [
         axis_windows(*extents_and_options, options.border, device)
@@ -110,7 +110,7 @@ def windows(query_extent: Sequence[int], key_extent: Sequence[int], options: Win
     return Windows(flat(position), flat(inside), flat(there & ~inside), offsets)
 
 
-def _check_options(options: WindowOptions) -> None:
+def check_options(options: WindowOptions) -> None:
     for kernel, stride, dilation in zip(options.kernel_size, options.stride, options.dilation):
         if kernel < 1:
             raise ValueError(f"kernel_size must be at least 1, got {options.kernel_size}")
@@ -387,7 +387,8 @@ def routed_attention(
         raise ValueError(
             f"region_index must have shape (batch {batch}, regions {regions}, topk), got {tuple(region_index.shape)}"
         )
-    if region_index.numel() and not 0 <= int(region_index.min()) <= int(region_index.max()) < regions:
+    readable = not torch.compiler.is_compiling() and region_index.numel()  # a graph is traced without values
+    if readable and not 0 <= int(region_index.min()) <= int(region_index.max()) < regions:
         raise ValueError(
             f"region_index must be between 0 and {regions - 1}, got values from {int(region_index.min())} to "
             f"{int(region_index.max())}"

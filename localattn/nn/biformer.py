@@ -254,7 +254,7 @@ class BiFormer(nn.Module):
             self.downsample_layers.append(
                 nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after))
             )
-        drops = iter(torch.linspace(0, drop_path_rate, sum(depth)).tolist())
+        drops = (drop_path_rate * block / max(sum(depth) - 1, 1) for block in range(sum(depth)))
         self.stages = nn.ModuleList(
             nn.Sequential(
                 *(

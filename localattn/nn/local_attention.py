@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .._arguments import Causal, IntOrTuple, window_options
 from .._operators import local_attention
-from ..reference import _check_options
+from ..reference import check_options
 from ._layout import join_heads, split_heads
 
 
@@ -57,7 +57,7 @@ class LocalAttention(nn.Module):
         super().__init__()
         if heads < 1 or out_channels < 1 or out_channels % heads:
             raise ValueError(f"heads must divide out_channels={out_channels}, got heads={heads}")
-        _check_options(window_options(2, (kH, kW), stride, dilation, is_causal, border))
+        check_options(window_options(2, (kH, kW), stride, dilation, is_causal, border))
         self.kernel_size = (kH, kW)
         self.heads = heads
         self.border = border

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._arguments import Causal, IntOrTuple, window_options
 from .._operators import local_attention, similarity, weighting
-from ..reference import _check_options, windows
+from ..reference import check_options, windows
 
 
 def rel_pos_scores(
@@ -62,7 +62,7 @@ class _NeighborhoodAttention(nn.Module):
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads must divide embed_dim={embed_dim}, got num_heads={num_heads}")
         options = window_options(self.rank, kernel_size, stride, dilation, is_causal, "shift")
-        _check_options(options)
+        check_options(options)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.head_dim = embed_dim // num_heads

@@ -2,9 +2,9 @@
 https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001), which most published models use: fused and unfused
 functions in ``functional``, modules with ``dim``, and the library's switches, accepted and ignored.
 
-Differs from the original: even kernels, windows beyond the map, relative position bias with causal axes, every
-floating dtype, second derivatives, ``scale=0``. Forward-mode differentiation works, outside ``torch.compile``. Nested
-tensors are not taken. Releases from 0.20 on are :mod:`localattn.compat.natten`.
+Differs from the original: even kernels in the fused calls and modules, windows beyond the map, relative position bias
+with causal axes, every floating dtype, second derivatives, ``scale=0``. Forward-mode differentiation works, outside
+``torch.compile``. Nested tensors are not taken. Releases from 0.20 on are :mod:`localattn.compat.natten`.
 """
 
 from .._natten_settings import (

@@ -67,7 +67,8 @@ def na2d_qk(
     Args:
         query: ``(B, heads, H, W, D)``.
         key: ``(B, heads, H, W, D)``.
-        kernel_size, dilation, is_causal: one value, or one per axis.
+        kernel_size: odd, one value or one per axis.
+        dilation, is_causal: one value, or one per axis.
         additional_keys: ``(B, heads, n, D)``, extra tokens that every query is compared with.
         rpb: relative position bias ``(heads, 2 * kernel_size - 1 per axis)``, added to the neighbours' scores.
 
@@ -139,6 +140,7 @@ def na3d_av(
 def _qk(rank, query, key, kernel_size, dilation, additional_keys, is_causal, rpb) -> Tensor:
     _check_rank("query", query, rank)
     _check_rank("key", key, rank)
+    _odd_kernel(rank, kernel_size)
     window = _window(dilation, is_causal)
     scores = similarity(_heads_last(query), _heads_last(key), kernel_size, border="shift", **window)
     if rpb is not None:
@@ -153,7 +155,7 @@ def _qk(rank, query, key, kernel_size, dilation, additional_keys, is_causal, rpb
 def _av(rank, attn, value, kernel_size, dilation, additional_values, is_causal) -> Tensor:
     _check_rank("attn", attn, rank)
     _check_rank("value", value, rank)
-    entries = math.prod(ints_per_axis("kernel_size", kernel_size, rank))
+    entries = math.prod(_odd_kernel(rank, kernel_size))
     extra_count = 0 if additional_values is None else additional_values.shape[2]
     if attn.shape[-1] != entries + extra_count:
         raise ValueError(
@@ -167,6 +169,17 @@ def _av(rank, attn, value, kernel_size, dilation, additional_values, is_causal) 
         extra = attn[..., entries:].flatten(2, -2) @ additional_values
         output = output + extra.unflatten(2, attn.shape[2:-1])
     return output
+
+
+def _odd_kernel(rank: int, kernel_size: IntOrTuple) -> tuple[int, ...]:
+    # Code written for these releases, their own tests among it, relies on the refusal.
+    kernels = ints_per_axis("kernel_size", kernel_size, rank)
+    if any(kernel % 2 == 0 for kernel in kernels):
+        raise ValueError(
+            f"kernel_size must be odd in the unfused calls of NATTEN 0.17, got {kernel_size}; its fused calls and "
+            "localattn.similarity and localattn.weighting take even ones"
+        )
+    return kernels
 
 
 def _window(dilation, is_causal) -> dict:
