@@ -1,0 +1,119 @@
+"""``python -m localattn info``: what is installed and what a call would use, for bug reports and the curious."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import _library
+from .ops import attention_variant
+
+
+def main(argv: list[str]) -> None:
+    argparse.ArgumentParser(prog="python -m localattn info", description="Versions, variants, build facts.").parse_args(
+        argv
+    )
+    for title, facts in _sections().items():
+        print(title)
+        for name, text in facts:
+            print(f"  {name:<14} {text}")
+    if _library.load_error is not None:
+        sys.exit(1)
+
+
+def _sections() -> dict[str, list[tuple[str, str]]]:
+    return {
+        "localattn": _package(),
+        "kernel variants, best first": _variants(),
+        "torch": _torch(),
+        "machine": [
+            ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+            ("C library", " ".join(platform.libc_ver()) or "unknown"),
+            ("Python", f"{platform.python_version()}, {sys.executable}"),
+            ("processor", _processor()),
+        ],
+    }
+
+
+def _package() -> list[tuple[str, str]]:
+    try:
+        distribution = metadata.distribution("localattn")
+        facts = [("distribution", f"{distribution.name} {distribution.version}")]
+    except metadata.PackageNotFoundError:
+        facts = [("distribution", "none installed: the package is imported from a source tree")]
+    facts.append(("Python files", str(Path(__file__).parent)))
+    try:
+        directory = _library.library_directory()
+        facts += [
+            ("library", f"{_library.version()} in {directory}"),
+            ("built by", _library.build_info()),
+            ("bindings", ", ".join(_bindings(directory)) or "none"),
+        ]
+    except OSError as error:
+        facts.append(("library", str(error)))
+    facts.append(("operators", _library.load_error or f"loaded for torch {_library.TORCH_MINOR}"))
+    return facts
+
+
+def _bindings(directory: Path) -> list[str]:
+    versions = (path.stem.removeprefix(_library.BINDING_PREFIX) for path in directory.glob("localattn_torch-*.so"))
+    return [f"torch {version}" for version in sorted(versions)]
+
+
+def _variants() -> list[tuple[str, str]]:
+    try:
+        variants = _library.variants()
+    except OSError:
+        return []
+    facts = []
+    for variant in variants:
+        state = "runs here" if variant.unavailable is None else f"not here: {variant.unavailable}"
+        facts.append((variant.name, f"{state} ({variant.description})"))
+    forced = os.environ.get("LOCALATTN_CPU_ISA")
+    if forced:
+        facts.append(("forced", f"LOCALATTN_CPU_ISA={forced}"))
+    if _library.load_error is None:
+        facts += _choices()
+    return facts
+
+
+def _choices() -> list[tuple[str, str]]:
+    """Which variant a plain call takes, by dtype, and why the better ones would not."""
+    facts = []
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        x = torch.zeros(1, 32, 32, 1, 32, dtype=dtype)
+        taken = []
+        for backward in (False, True):
+            try:
+                chosen, declined = attention_variant(x, x, x, 7, backward=backward)
+                taken.append("; ".join([chosen, *declined.splitlines()]))
+            except RuntimeError as error:
+                taken.append(str(error))
+        text = taken[0] if taken[0] == taken[1] else f"{taken[0]} (backward: {taken[1]})"
+        facts.append((str(dtype).removeprefix("torch."), f"takes {text}"))
+    return facts
+
+
+def _torch() -> list[tuple[str, str]]:
+    return [
+        ("version", torch.__version__),
+        ("C++ ABI", "new (_GLIBCXX_USE_CXX11_ABI=1)" if torch.compiled_with_cxx11_abi() else "old"),
+        ("threads", f"{torch.get_num_threads()}; localattn computes on these"),
+        ("CUDA", torch.version.cuda or "not in this torch"),
+        ("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"),
+    ]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or "unknown"
+    return f"{model}, {os.cpu_count()} logical cores"
