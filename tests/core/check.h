@@ -53,6 +53,11 @@ private:
     std::ostringstream text_;
 };
 
+// Lets CHECK be a statement of type void, whatever is streamed into the failure.
+struct Statement {
+    void operator&(const Failure &) const {}
+};
+
 inline int run(int argc, char **argv) {
     int ran = 0;
     for (const Test &test : tests()) {
@@ -76,7 +81,4 @@ inline int run(int argc, char **argv) {
     static const check::Registration registration_##name(#name, test_##name); \
     static void test_##name()
 
-#define CHECK(condition) \
-    if (condition) {     \
-    } else               \
-        check::Failure(__FILE__, __LINE__, #condition)
+#define CHECK(condition) (condition) ? void(0) : check::Statement() & check::Failure(__FILE__, __LINE__, #condition)

@@ -9,11 +9,13 @@ namespace test {
 void Result::reset(const Shape &shape) {
     value = Dense(shape);
     terms = Dense(shape);
+    score_terms = Dense(shape);
 }
 
-void Result::add(const Shape &at, double x, double magnitude) {
+void Result::add(const Shape &at, double x, double magnitude, double spread) {
     value[at] += x;
     terms[at] += magnitude;
+    score_terms[at] += magnitude * spread;
 }
 
 AxisWindow axis_window(const Config &config, int axis, int64_t query) {
@@ -109,6 +111,7 @@ void attend(const Config &c, const Inputs &in, const Shape &q, Results &r) {
     std::vector<Entry> entries = entries_of(c, in.key_mask, q[0], q[4], q);
 
     double largest = -infinity, score_terms = 0;
+    bool nan = false;
     for (Entry &e : entries) {
         Sum s = 0;
         if (!e.zero) {
@@ -130,10 +133,11 @@ void attend(const Config &c, const Inputs &in, const Shape &q, Results &r) {
         }
         e.score = double(s);
         largest = std::max(largest, e.score);
+        nan = nan || std::isnan(e.score);
         score_terms = std::max(score_terms, e.score_terms);
     }
     const Shape row = with_channel(q, 0);
-    if (entries.empty() || largest == -infinity) {
+    if (!nan && largest == -infinity) {
         r.lse.value[row] = -infinity;
         return;
     }
@@ -142,7 +146,8 @@ void attend(const Config &c, const Inputs &in, const Shape &q, Results &r) {
     for (const Entry &e : entries) total += std::exp(Sum(e.score) - Sum(largest));
     for (Entry &e : entries) e.probability = double(std::exp(Sum(e.score) - Sum(largest)) / total);
     const double lse = double(Sum(largest) + std::log(total));
-    r.lse.add(row, lse, std::fabs(lse) + score_terms + 1);
+    r.lse.add(row, lse, std::fabs(lse), 1);
+    r.lse.score_terms[row] += score_terms + 1;
 
     // A score's error moves its probability by as much, relatively.
     const double spread = 1 + score_terms;
@@ -160,7 +165,7 @@ void attend(const Config &c, const Inputs &in, const Shape &q, Results &r) {
     for (int64_t channel = 0; channel < c.value_channels; ++channel) {
         const size_t i = size_t(channel);
         const double g = in.grad_output[with_channel(q, channel)];
-        r.output.add(with_channel(q, channel), double(sums[i]), spread * double(terms[i]));
+        r.output.add(with_channel(q, channel), double(sums[i]), double(terms[i]), spread);
         delta += Sum(g) * sums[i];
         delta_terms += std::fabs(g) * double(terms[i]);
     }
@@ -174,28 +179,29 @@ void attend(const Config &c, const Inputs &in, const Shape &q, Results &r) {
             grad_probability += Sum(g) * Sum(v);
             magnitude += std::fabs(g * v);
             r.grad_value.add(with_channel(e.key, channel), double(Sum(e.probability) * Sum(g)),
-                             spread * std::fabs(e.probability * g));
+                             std::fabs(e.probability * g), spread);
         }
         const Sum grad_score = Sum(e.probability) * (grad_probability - delta + Sum(grad_lse));
-        magnitude *= spread * e.probability;
+        magnitude *= e.probability;
         for (int64_t channel = 0; channel < c.channels && !e.zero; ++channel) {
             const double x = in.query[with_channel(q, channel)], y = in.key[with_channel(e.key, channel)];
             const double of_query = double(Sum(scale) * grad_score * Sum(y));
             const double of_key = double(Sum(scale) * grad_score * Sum(x));
-            r.grad_query.add(with_channel(q, channel), of_query, std::fabs(scale * magnitude * y));
-            r.grad_key.add(with_channel(e.key, channel), of_key, std::fabs(scale * magnitude * x));
+            r.grad_query.add(with_channel(q, channel), of_query, std::fabs(scale * magnitude * y), spread);
+            r.grad_key.add(with_channel(e.key, channel), of_key, std::fabs(scale * magnitude * x), spread);
         }
-        if (c.has_bias) r.grad_bias.add(with_channel(q, e.u[5]), double(grad_score), magnitude);
-        if (c.has_rel_pos_bias) r.grad_rel_pos_bias.add(e.offset, double(grad_score), magnitude);
+        if (c.has_bias) r.grad_bias.add(with_channel(q, e.u[5]), double(grad_score), magnitude, spread);
+        if (c.has_rel_pos_bias) r.grad_rel_pos_bias.add(e.offset, double(grad_score), magnitude, spread);
         for (size_t a = 0; a < 3; ++a) {
-            if (c.has_axis_bias[a]) r.grad_axis_bias[a].add(with_channel(q, e.u[1 + a]), double(grad_score), magnitude);
+            if (c.has_axis_bias[a])
+                r.grad_axis_bias[a].add(with_channel(q, e.u[1 + a]), double(grad_score), magnitude, spread);
         }
     }
 }
 
 }  // namespace
 
-Results attention(const Config &c, const Inputs &in, bool float_sums) {
+Results attention(const Config &c, const Inputs &in, Sums sums) {
     const auto summed = [&](Shape shape) {
         for (size_t a = 0; a < 6; ++a) {
             if (c.bias_broadcast >> a & 1) shape[a] = 1;
@@ -218,13 +224,15 @@ Results attention(const Config &c, const Inputs &in, bool float_sums) {
         std::fill(r.lse.value.data.begin(), r.lse.value.data.end(), -std::numeric_limits<double>::infinity());
         return r;
     }
+    const bool is_float64 = c.dtype == LOCALATTN_FLOAT64;
+    const auto attend_one = sums == Sums::wider ? (is_float64 ? attend<long double> : attend<double>)
+                                                : (is_float64 ? attend<double> : attend<float>);
     Shape q{};
     for (q[0] = 0; q[0] < c.batch; ++q[0])
         for (q[1] = 0; q[1] < sq[0]; ++q[1])
             for (q[2] = 0; q[2] < sq[1]; ++q[2])
                 for (q[3] = 0; q[3] < sq[2]; ++q[3])
-                    for (q[4] = 0; q[4] < c.heads; ++q[4])
-                        float_sums ? attend<float>(c, in, q, r) : attend<double>(c, in, q, r);
+                    for (q[4] = 0; q[4] < c.heads; ++q[4]) attend_one(c, in, q, r);
     return r;
 }
 

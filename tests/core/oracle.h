@@ -10,13 +10,13 @@ struct Inputs {
     Dense query, key, value, bias, rel_pos_bias, axis_bias[3], key_mask, grad_output, grad_lse;
 };
 
-// A result, and for each element the sum of the absolute values of the terms that it is a sum of, which says how large
-// a rounding error may be.
+// A result, and what says how large its rounding errors may be: for each element the sum of the absolute values of the
+// terms that it is a sum of, and the same weighted by how far an error in the scores carries.
 struct Result {
-    Dense value, terms;
+    Dense value, terms, score_terms;
 
     void reset(const Shape &shape);
-    void add(const Shape &at, double x, double magnitude);
+    void add(const Shape &at, double x, double magnitude, double spread);
 };
 
 struct Results {
@@ -34,8 +34,10 @@ struct AxisWindow {
 
 AxisWindow axis_window(const Config &config, int axis, int64_t query);
 
-// `float_sums`: add up in float32, as a plain implementation in that type would; else in float64.
-Results attention(const Config &config, const Inputs &inputs, bool float_sums);
+// With sums in a type wider than the one that the library accumulates in for this dtype, or, for the errors that any
+// plain implementation has, in that one.
+enum class Sums { wider, plain };
+Results attention(const Config &config, const Inputs &inputs, Sums sums);
 
 // The keys that a query sees, as (key, entry) positions; used where only the pattern matters.
 std::vector<Shape> visible_keys(const Config &config, const Dense &key_mask, int64_t batch, const Shape &query);

@@ -3,7 +3,7 @@
 //     test_random [--seed N] [--case SEED] [--variant NAME]
 //
 // A configuration is a function of its own seed; `--case` runs that one again. LOCALATTN_TEST_COUNT is how many to run
-// (2000 unless told), LOCALATTN_TEST_SEED where to begin.
+// (10000 unless told), LOCALATTN_TEST_SEED where to begin.
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -17,7 +17,7 @@ int main(int argc, char **argv) {
     const auto number = [](const char *text, uint64_t otherwise) {
         return text && *text ? std::strtoull(text, nullptr, 10) : otherwise;
     };
-    const uint64_t count = number(std::getenv("LOCALATTN_TEST_COUNT"), 2000);
+    const uint64_t count = number(std::getenv("LOCALATTN_TEST_COUNT"), 10000);
     uint64_t seed = number(std::getenv("LOCALATTN_TEST_SEED"), 1), only = 0;
     bool one = false;
     std::vector<std::string> variants = test::available_variants();
