@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Reads the machine code in liblocalattn_cuda.so and fails on what would make the fast kernels slow.
+
+    check_machine_code.py LIBRARY [--cuobjdump PATH] [--table]
+
+Fast kernels may use no local memory (spilled registers live there) and must hold the instructions they are built
+around, on every architecture they are compiled for. The disassembler is NVIDIA's cuobjdump, as found by --cuobjdump,
+on PATH, or in an installed triton. --table prints registers and instruction counts of the fast kernels.
+"""
+
+import argparse
+import collections
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+# Kernel -> instructions it must hold: tensor-core product, matrix load, asynchronous copy.
+FAST = {"tensor_core_forward": ("HMMA", "LDSM", "LDGSTS")}
+
+
+def find_cuobjdump(given):
+    if given:
+        return given
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    triton = importlib.util.find_spec("triton")
+    if triton:
+        tool = pathlib.Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        if tool.exists():
+            return str(tool)
+    sys.exit("cuobjdump was not found: name it with --cuobjdump, or install the CUDA toolkit's or the triton package")
+
+
+def dump(tool, flag, library):
+    run = subprocess.run([tool, flag, library], capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"{tool} {flag} failed: {run.stderr.strip()}")
+    return run.stdout
+
+
+def resources(text):
+    """{(architecture, function): (registers, bytes of local memory)}"""
+    found, architecture = {}, None
+    for line in text.splitlines():
+        if match := re.match(r"arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (\S+):", line):
+            function = match[1]
+        elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            found[architecture, function] = int(match[1]), int(match[2]) + int(match[3])
+    return found
+
+
+def instructions(text):
+    """{(architecture, function): Counter of opcodes}"""
+    found, architecture = collections.defaultdict(collections.Counter), None
+    for line in text.splitlines():
+        if match := re.match(r"\s*arch = (sm_\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            function = match[1]
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z][A-Z0-9_]*)", line):
+            found[architecture, function][match[1]] += 1
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("library")
+    parser.add_argument("--cuobjdump")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    tool = find_cuobjdump(arguments.cuobjdump)
+    usage = resources(dump(tool, "-res-usage", arguments.library))
+    code = instructions(dump(tool, "-sass", arguments.library))
+
+    wrong, seen = [], collections.Counter()
+    for (architecture, function), (registers, local) in sorted(usage.items()):
+        kernel = next((name for name in FAST if name in function), None)
+        if not kernel:
+            continue
+        seen[kernel] += 1
+        counts = code[architecture, function]
+        if arguments.table:
+            listed = " ".join(f"{name} {counts[name]}" for name in FAST[kernel])
+            print(f"{architecture} {registers:3} registers, {sum(counts.values())} instructions, {listed}: {function}")
+        if local:
+            wrong.append(f"{architecture} {function}: {local} bytes of local memory")
+        wrong += [f"{architecture} {function}: no {name}" for name in FAST[kernel] if not counts[name]]
+    wrong += [f"{kernel} is not in the library" for kernel in FAST if not seen[kernel]]
+    for line in wrong:
+        print("FAIL", line)
+    print(f"{sum(seen.values())} fast kernels on {len({a for a, _ in usage})} architectures, {len(wrong)} faults")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
