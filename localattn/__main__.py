@@ -54,7 +54,9 @@ def _import(command: str):
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("localattn"):
             raise
-        sys.exit(f"python -m localattn {command} needs {error.name}: pip install 'localattn[{command}]'")
+        sys.exit(
+            f"python -m localattn {command} needs {error.name.partition('.')[0]}: pip install 'localattn[{command}]'"
+        )
 
 
 if __name__ == "__main__":

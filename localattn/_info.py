@@ -93,7 +93,7 @@ def _choices() -> list[tuple[str, str]]:
             try:
                 chosen, declined = attention_variant(x, x, x, 7, backward=backward)
                 taken.append("; ".join([chosen, *declined.splitlines()]))
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:  # a variant was forced that cannot
                 taken.append(str(error))
         text = taken[0] if taken[0] == taken[1] else f"{taken[0]} (backward: {taken[1]})"
         facts.append((str(dtype).removeprefix("torch."), f"takes {text}"))
