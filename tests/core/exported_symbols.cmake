@@ -1,0 +1,26 @@
+# The shared library exports the functions that the header declares, and nothing else.
+# cmake -DNM=nm -DLIBRARY=liblocalattn.so -DHEADER=localattn.h -P exported_symbols.cmake
+file(READ ${HEADER} header)
+string(REGEX MATCHALL "LOCALATTN_API[^;#]*;" declarations "${header}")
+set(declared "")
+foreach(declaration IN LISTS declarations)
+    string(REGEX MATCH "(localattn_[a-z_0-9]+)\\(" found "${declaration}")
+    list(APPEND declared ${CMAKE_MATCH_1})
+endforeach()
+
+execute_process(COMMAND ${NM} -D --defined-only ${LIBRARY} OUTPUT_VARIABLE output COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX REPLACE "\n" ";" lines "${output}")
+set(exported "")
+foreach(line IN LISTS lines)
+    if(line MATCHES "^[0-9a-fA-F]* *[A-Za-z] ([^ @]+)")
+        list(APPEND exported ${CMAKE_MATCH_1})
+    endif()
+endforeach()
+
+list(SORT declared)
+list(SORT exported)
+list(LENGTH declared count)
+if(count LESS 5 OR NOT declared STREQUAL exported)
+    message(FATAL_ERROR "the header declares\n    ${declared}\nand the library exports\n    ${exported}")
+endif()
+message(STATUS "${count} functions declared and exported")
