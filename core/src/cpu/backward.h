@@ -48,6 +48,7 @@ struct QueryPassWorker {
     KeyRing<V> ring;
     T *q, *grad_o, *o, *grad_q, *s, *dp, *lse, *delta;
     ptrdiff_t q_row, o_row, s_row;
+    Stream stream;
 
     QueryPassWorker(const Plan &p, const Codec<V> &c) : plan(p), problem(*p.problem), codec(c) {}
 
@@ -138,9 +139,10 @@ struct QueryPassWorker {
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
             const Chunk &chunk = chunks.now;
             ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row,
+                           stream);
             score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, grad_o, o_row,
-                           dp, s_row);
+                           dp, s_row, stream);
             differentiate_chunk(job, block, tile, chunk);
             if (problem.grad_query.data)
                 weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, dp, s_row, grad_q,
@@ -154,6 +156,21 @@ struct QueryPassWorker {
                          g.channel);
     }
 
+    void announce(const Job &job, const Block &block, const Chunk &all, int64_t end) {
+        stream.clear();
+        const int64_t next = block.row + block.rows, kv_head = job.head / (problem.heads / problem.kv_heads);
+        if (next >= end || all.end0 != all.begin0 + 1) return;
+        const auto rows = [&](const Tensor &t, bool of_a, int64_t head, int64_t channels) {
+            stream_rows(plan, codec.element_size, t, job.batch, head, job.strip, of_a, of_a ? block.row0 : all.begin0,
+                        of_a ? next : all.end, (of_a ? next : all.end) + plan.block_rows, channels, stream);
+        };
+        rows(problem.key, false, kv_head, problem.channels);
+        rows(problem.value, false, kv_head, problem.value_channels);
+        rows(problem.query, true, job.head, problem.channels);
+        rows(problem.grad_output, true, job.head, problem.value_channels);
+        rows(problem.output, true, job.head, problem.value_channels);
+    }
+
     void run(const Job &job) {
         if (tiles_strip != job.strip) build_tiles(plan, tiles_strip = job.strip, tiles);
         ring.slots.clear();
@@ -161,6 +178,7 @@ struct QueryPassWorker {
         for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
             const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
             const Chunk all = reach(plan, block, bias_gradients.any());
+            announce(job, block, all, end);
             for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
                 if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
         }
@@ -185,6 +203,7 @@ struct KeyPassWorker {
     T *k, *v, *grad_k, *grad_v, *s, *dp;
     Mask *key_mask;  // [rows][lanes]
     ptrdiff_t k_row, v_row, s_row;
+    Stream stream;
 
     KeyPassWorker(const Plan &p, const Codec<V> &c) : plan(p), problem(*p.problem), codec(c) {}
 
@@ -305,9 +324,10 @@ struct KeyPassWorker {
             for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
                 const Chunk &chunk = chunks.now;
                 pack_chunk(job, head, chunk);
-                score_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, k, k_row, s, s_row);
+                score_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, k, k_row, s, s_row,
+                               stream);
                 score_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, v, v_row, dp,
-                               s_row);
+                               s_row, stream);
                 differentiate_chunk(job, head, block, tile, chunk);
                 if (problem.grad_value.data)
                     weigh_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, s, s_row,
@@ -332,6 +352,22 @@ struct KeyPassWorker {
         }
     }
 
+    void announce(const Job &job, const Block &block, const Chunk &all, int64_t end) {
+        stream.clear();
+        const int64_t next = block.row + block.rows;
+        if (next >= end || all.end0 != all.begin0 + 1 || problem.heads != problem.kv_heads) return;
+        const auto rows = [&](const Tensor &t, bool of_a, int64_t channels) {
+            stream_rows(plan, codec.element_size, t, job.batch, job.head, job.strip, of_a,
+                        of_a ? block.row0 : all.begin0, of_a ? next : all.end,
+                        (of_a ? next : all.end) + plan.block_rows, channels, stream);
+        };
+        rows(problem.query, false, problem.channels);
+        rows(problem.grad_output, false, problem.value_channels);
+        rows(problem.output, false, problem.value_channels);
+        rows(problem.key, true, problem.channels);
+        rows(problem.value, true, problem.value_channels);
+    }
+
     void run(const Job &job) {
         if (tiles_strip != job.strip) build_tiles(plan, tiles_strip = job.strip, tiles);
         slots.clear();
@@ -339,6 +375,7 @@ struct KeyPassWorker {
         for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
             const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
             const Chunk all = reach(plan, block, false);
+            announce(job, block, all, end);
             for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
                 if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
         }

@@ -25,6 +25,7 @@ struct ForwardWorker {
     KeyRing<V> ring;
     T *q, *o, *s, *maximum, *sum;
     ptrdiff_t q_row, o_row, s_row;
+    Stream stream;
 
     ForwardWorker(const Plan &p, const Codec<V> &c) : plan(p), problem(*p.problem), codec(c) {}
 
@@ -173,12 +174,26 @@ struct ForwardWorker {
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks); first = false) {
             const Chunk &chunk = chunks.now;
             ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row,
+                           stream);
             finish_scores(job, block, tile, chunk);
             soften(block, tile, chunk, first);
             weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, s, s_row, o, o_row);
         }
         finish(job, block, tile);
+    }
+
+    void announce(const Job &job, const Block &block, const Chunk &all, int64_t end) {
+        stream.clear();
+        const int64_t next = block.row + block.rows, kv_head = job.head / (problem.heads / problem.kv_heads);
+        if (next >= end || all.end0 != all.begin0 + 1) return;
+        const auto rows = [&](const Tensor &t, bool of_a, int64_t head, int64_t channels) {
+            stream_rows(plan, codec.element_size, t, job.batch, head, job.strip, of_a, of_a ? block.row0 : all.begin0,
+                        of_a ? next : all.end, (of_a ? next : all.end) + plan.block_rows, channels, stream);
+        };
+        rows(problem.key, false, kv_head, problem.channels);
+        rows(problem.value, false, kv_head, problem.value_channels);
+        rows(problem.query, true, job.head, problem.channels);
     }
 
     void run(const Job &job) {
@@ -188,6 +203,7 @@ struct ForwardWorker {
         for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
             const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
             const Chunk all = reach(plan, block, true);
+            announce(job, block, all, end);
             for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
                 if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
         }

@@ -8,9 +8,13 @@
 //   values:  o[row][channel][lane] += sum over b rows and entries  p[row][b row][entry][lane]
 //                                                                * v[b row][channel][column + entry + lane]
 //
+// The scores prefetch as they go, one line of each a channel: `next`, the packed row that comes next, into L1, and
+// `stream`, tensor rows that the next block will pack, into L2. All at once instead, it would gain nothing.
+//
 // Work: one multiply-add a lane and inner step. Loads a step: Rows (aligned) + Columns (mostly unaligned) for
 // Rows*Columns multiply-adds, hence tiles as large as the register file: the table below.
 #pragma once
+#include "stream.h"
 #include "vector.h"
 
 namespace localattn::cpu {
@@ -36,7 +40,8 @@ template <class V, int Rows, int Columns>
 __attribute__((noinline)) static void scores_tile(const typename V::T *__restrict a, ptrdiff_t a_row,
                                                   const typename V::T *__restrict b, ptrdiff_t b_channel,
                                                   int64_t channels, typename V::T *__restrict s, ptrdiff_t s_row,
-                                                  const typename V::T *prefetch) {
+                                                  const typename V::T *next, const char *stream,
+                                                  ptrdiff_t stream_step) {
     using reg = typename V::reg;
     reg sum[Rows][Columns];
     LOCALATTN_UNROLL
@@ -51,8 +56,10 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
             x[r] = V::load(a + r * a_row);
             V::hold(x[r]);
         }
-        __builtin_prefetch(prefetch);
-        prefetch += b_channel;
+        __builtin_prefetch(next);
+        next += b_channel;
+        __builtin_prefetch(stream, 0, 2);
+        stream += stream_step;
         LOCALATTN_UNROLL
         for (int n = 0; n < Columns; ++n) {
             reg y = V::load(b + n);
@@ -119,7 +126,8 @@ template <class V>
 struct Microkernels {
     using T = typename V::T;
     using Mask = typename V::Mask;
-    using Scores = void (*)(const T *, ptrdiff_t, const T *, ptrdiff_t, int64_t, T *, ptrdiff_t, const T *);
+    using Scores = void (*)(const T *, ptrdiff_t, const T *, ptrdiff_t, int64_t, T *, ptrdiff_t, const T *,
+                            const char *, ptrdiff_t);
     using Values = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, ptrdiff_t, int, int, const Mask *,
                             T *, ptrdiff_t);
     static constexpr int rows = max_rows(V::registers);
@@ -149,13 +157,14 @@ struct Microkernels {
 
     // Scores of `count` consecutive entries.
     LOCALATTN_INLINE void scores(int r, const T *a, ptrdiff_t a_row, const T *b, ptrdiff_t b_channel, int64_t channels,
-                                 T *s, ptrdiff_t s_row, int count, const T *prefetch) {
+                                 T *s, ptrdiff_t s_row, int count, const T *next, Stream &stream) {
         const TileSplit split = split_tiles(V::registers, r, count);
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(count, i);
-            table.scores[r][n](a, a_row, b + done, b_channel, channels, s + done * V::lanes, s_row, prefetch);
+            const Stream::Piece piece = stream.take(channels);
+            table.scores[r][n](a, a_row, b + done, b_channel, channels, s + done * V::lanes, s_row,
+                               next + i * (64 / static_cast<int>(sizeof(T))), piece.address, piece.step);
             done += n;
-            prefetch += 16;
         }
     }
     // Adds the contribution of `entries` consecutive entries of b_rows rows to all channels. mask: NULL or per entry.

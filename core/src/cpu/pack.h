@@ -14,20 +14,38 @@ LOCALATTN_INLINE void transpose(typename V::reg (&row)[V::lanes]) {
 }
 
 template <class V, class Element>
-LOCALATTN_INLINE typename V::reg load_some(const Element *p, int count) {
-    using T = typename V::T;
-    if (count == V::lanes) return V::load_as(p);
-    alignas(64) T t[V::lanes] = {};
-    for (int i = 0; i < count; ++i) t[i] = load_as<T>(p + i);
-    return V::load(t);
-}
-template <class V, class Element>
 LOCALATTN_INLINE void store_some(Element *p, typename V::reg x, int count) {
     using T = typename V::T;
     if (count == V::lanes) return V::store_as(p, x);
     alignas(64) T t[V::lanes];
     V::store(t, x);
     for (int i = 0; i < count; ++i) store_from(t[i], p + i);
+}
+
+// lanes positions x lanes channels, transposed. Apart from the general case below, whose indexed array would keep this
+// one's out of registers.
+template <class V, class Element>
+LOCALATTN_INLINE void pack_block(const Element *in, int64_t position, typename V::reg factor, typename V::T *out,
+                                 int64_t out_channel) {
+    typename V::reg row[V::lanes];
+    LOCALATTN_UNROLL
+    for (int l = 0; l < V::lanes; ++l) {
+        row[l] = V::load_as(in + l * position);
+        V::hold(row[l]);
+    }
+    transpose<V>(row);
+    LOCALATTN_UNROLL
+    for (int l = 0; l < V::lanes; ++l) V::store(out + l * out_channel, factor * row[l]);
+}
+// The same for positions [from, to), the others zero, and `channels` of the channels.
+template <class V, class Element>
+__attribute__((noinline)) static void pack_part(const Element *in, int64_t position, int from, int to, int channels,
+                                                typename V::reg factor, typename V::T *out, int64_t out_channel) {
+    using T = typename V::T;
+    alignas(64) T t[V::lanes][V::lanes] = {};
+    for (int l = from; l < to; ++l)
+        for (int c = 0; c < channels; ++c) t[c][l] = load_as<T>(in + l * position + c);
+    for (int c = 0; c < channels; ++c) V::store(out + c * out_channel, factor * V::load(t[c]));
 }
 
 // out[c * out_channel + x] = factor * in[x * position + c * channel] for x in [from, to), 0 for the other x of
@@ -46,24 +64,13 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
         if (lo >= hi) {
             for (int64_t c = 0; c < channels; ++c) V::store(o + c * out_channel, reg{});
         } else if (channel == 1) {
-            for (int64_t c = 0; c < channels; c += L) {
-                const int n = static_cast<int>(channels - c < L ? channels - c : L);
-                reg row[L];
-                if (lo == 0 && hi == L && n == L) {
-                    LOCALATTN_UNROLL
-                    for (int l = 0; l < L; ++l) row[l] = V::load_as(in + (x + l) * position + c);
-                } else {
-                    for (int l = 0; l < L; ++l)
-                        row[l] = l >= lo && l < hi ? load_some<V>(in + (x + l) * position + c, n) : reg{};
-                }
-                transpose<V>(row);
-                if (n == L) {
-                    LOCALATTN_UNROLL
-                    for (int l = 0; l < L; ++l) V::store(o + (c + l) * out_channel, f * row[l]);
-                } else {
-                    for (int l = 0; l < n; ++l) V::store(o + (c + l) * out_channel, f * row[l]);
-                }
-            }
+            const int64_t whole = lo == 0 && hi == L ? channels / L * L : 0;
+            for (int64_t c = 0; c < whole; c += L)
+                pack_block<V>(in + x * position + c, position, f, o + c * out_channel, out_channel);
+            for (int64_t c = whole; c < channels; c += L)
+                pack_part<V>(in + x * position + c, position, static_cast<int>(lo), static_cast<int>(hi),
+                             static_cast<int>(channels - c < L ? channels - c : L), f, o + c * out_channel,
+                             out_channel);
         } else if (position == 1 && lo == 0 && hi == L) {
             for (int64_t c = 0; c < channels; ++c)
                 V::store(o + c * out_channel, f * V::load_as(in + x + c * channel));
@@ -78,28 +85,38 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
     }
 }
 
+template <class V, class Element>
+LOCALATTN_INLINE void unpack_block(const typename V::T *in, typename V::reg factor, Element *out, int64_t position) {
+    typename V::reg row[V::lanes];
+    LOCALATTN_UNROLL
+    for (int l = 0; l < V::lanes; ++l) row[l] = factor * V::load(in + l * V::lanes);
+    transpose<V>(row);
+    LOCALATTN_UNROLL
+    for (int l = 0; l < V::lanes; ++l) V::store_as(out + l * position, row[l]);
+}
+template <class V, class Element>
+__attribute__((noinline)) static void unpack_part(const typename V::T *in, typename V::reg factor, int count,
+                                                  int channels, Element *out, int64_t position) {
+    alignas(64) typename V::T t[V::lanes];
+    for (int c = 0; c < channels; ++c) {
+        V::store(t, factor * V::load(in + c * V::lanes));
+        for (int l = 0; l < count; ++l) store_from(t[l], out + l * position + c);
+    }
+}
+
 // out[x * position + c * channel] = factor[x] * in[c * lanes + x] for x in [0, count), count <= lanes.
 template <class V, class Element>
 static void unpack(const typename V::T *in, int count, int64_t channels, typename V::reg factor, void *destination,
                    int64_t position, int64_t channel) {
     using T = typename V::T;
-    using reg = typename V::reg;
     Element *out = static_cast<Element *>(destination);
     constexpr int L = V::lanes;
     if (channel == 1) {
-        for (int64_t c = 0; c < channels; c += L) {
-            const int n = static_cast<int>(channels - c < L ? channels - c : L);
-            reg row[L];
-            LOCALATTN_UNROLL
-            for (int l = 0; l < L; ++l) row[l] = l < n ? factor * V::load(in + (c + l) * L) : reg{};
-            transpose<V>(row);
-            if (n == L && count == L) {
-                LOCALATTN_UNROLL
-                for (int l = 0; l < L; ++l) V::store_as(out + l * position + c, row[l]);
-            } else {
-                for (int l = 0; l < count; ++l) store_some<V>(out + l * position + c, row[l], n);
-            }
-        }
+        const int64_t whole = count == L ? channels / L * L : 0;
+        for (int64_t c = 0; c < whole; c += L) unpack_block<V>(in + c * L, factor, out + c, position);
+        for (int64_t c = whole; c < channels; c += L)
+            unpack_part<V>(in + c * L, factor, count, static_cast<int>(channels - c < L ? channels - c : L), out + c,
+                           position);
     } else if (position == 1) {
         for (int64_t c = 0; c < channels; ++c)
             store_some<V>(out + c * channel, factor * V::load(in + c * L), count);

@@ -36,7 +36,8 @@ LOCALATTN_INLINE ptrdiff_t padded(ptrdiff_t elements, int element) {
 template <class V>
 LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedRows<V> &rows, int64_t channels,
-                                  const typename V::T *a, ptrdiff_t a_row, typename V::T *s, ptrdiff_t s_row) {
+                                  const typename V::T *a, ptrdiff_t a_row, typename V::T *s, ptrdiff_t s_row,
+                                  Stream &stream) {
     const LanePattern &pattern = *tile.pattern;
     const int64_t cell = pattern.slots * V::lanes;
     for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
@@ -50,7 +51,7 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
                 const LaneRun &run = pattern.run[i];
                 Microkernels<V>::scores(paired.end - paired.begin, a + paired.begin * a_row, a_row,
                                         packed + run.column, plan.packed, channels, out + run.slot * V::lanes, s_row,
-                                        run.count, next + run.column);
+                                        run.count, next + run.column, stream);
             }
         }
     }
@@ -121,6 +122,25 @@ LOCALATTN_INLINE void mask_scores(const LaneTile &tile, bool partial, const type
             typename V::T *p = s + i * V::lanes;
             V::store(p, V::choose(V::load_mask(key_mask + pattern.column[i]), V::load(p), lacking));
         }
+    }
+}
+
+// Announces what the block after this one will read: its rows of A, and the rows of B that are not packed yet.
+LOCALATTN_INLINE void stream_rows(const Plan &plan, int64_t element_size, const Tensor &tensor, int64_t batch,
+                                  int64_t head, int64_t strip, bool of_a, int64_t row0, int64_t begin, int64_t end,
+                                  int64_t channels, Stream &stream) {
+    const LaneAxis &lane = plan.lane_axis;
+    const Side side = of_a ? plan.a : plan.a == Side::query ? Side::key : Side::query;
+    const RowList &rows0 = of_a ? plan.rows0() : plan.other0(), &rows1 = of_a ? plan.rows1() : plan.other1();
+    const int64_t first = of_a ? strip * plan.strip_lanes() : first_packed_lane(plan, strip);
+    const int64_t count = of_a ? plan.strip_lanes() : plan.phase_stride;
+    const int64_t from = most(0, first * lane.period(side));
+    const int64_t to = least(lane.extent(side), (first + count) * lane.period(side));
+    for (int64_t row = begin; row < least(end, rows1.count); ++row) {
+        const int64_t offset = batch * tensor.batch + head * tensor.head + rows0.position[row0] * tensor.axis[0] +
+                               rows1.position[row] * tensor.axis[1];
+        stream.add_row(static_cast<const char *>(tensor.data) + offset * element_size, element_size, tensor.axis[2],
+                       tensor.channel, from, to, channels);
     }
 }
 
