@@ -47,8 +47,8 @@ test-sanitizers: $(TOOLS)  ## the C and C++ tests under ASan and UBSan, concurre
 	cmake --build --preset asan
 	ctest --preset asan
 	cmake --preset tsan
-	cmake --build --preset tsan
-	ctest --preset tsan
+	cmake --build --preset tsan --target test_workers
+	ctest --preset tsan --label-regex threads
 
 test-python: install  ## the Python tests, against the installed package
 	$(INSTALL) --group test
