@@ -135,31 +135,34 @@ def _native_arguments(
 ) -> tuple:  # fmt: skip
     """The arguments of the operators' schemas."""
     _library.require_operators()
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query must be a Tensor, got {type(query).__name__}")
     rank = query.dim() - 3
     if not 1 <= rank <= 3:
         raise ValueError(
             f"query must be (batch, one to three spatial axes, heads, channels), got shape {tuple(query.shape)}"
         )
     options = window_options(rank, kernel_size, stride, dilation, is_causal, border)
+    axis_biases: tuple = (None,) * 3
+    if axis_bias is not None:
+        if not isinstance(axis_bias, (tuple, list)) or len(axis_bias) != rank:
+            raise ValueError(f"axis_bias must be a list of one tensor or None for each of the {rank} spatial axes")
+        axis_biases = (*axis_bias, *(None,) * (3 - rank))
+    names = ("key", "value", "key_mask", "bias", "rel_pos_bias", "axis_bias[0]", "axis_bias[1]", "axis_bias[2]")
+    for i, (name, tensor) in enumerate(zip(names, (key, value, key_mask, bias, rel_pos_bias, *axis_biases))):
+        if tensor is None and i >= 2:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.device != query.device:
+            raise RuntimeError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
     if not enable_gqa and key.dim() == query.dim() and key.shape[-2] != query.shape[-2]:
         raise ValueError(
             f"key has {key.shape[-2]} heads and query {query.shape[-2]}; unequal heads need enable_gqa=True"
         )
-    axis_biases = (None,) * 3
-    if axis_bias is not None:
-        if not isinstance(axis_bias, (tuple, list)) or len(axis_bias) != rank:
-            raise ValueError(f"axis_bias must be one tensor or None for each of the {rank} spatial axes")
-        axis_biases = (*axis_bias, *(None,) * (3 - rank))
     query, key, value, bias, rel_pos_bias, *axis_biases = _autocast(
         query.device, query, key, value, bias, rel_pos_bias, *axis_biases
     )
-    names = ("key", "value", "key_mask", "bias", "rel_pos_bias", "axis_bias[0]", "axis_bias[1]", "axis_bias[2]")
-    for name, tensor in zip(names, (key, value, key_mask, bias, rel_pos_bias, *axis_biases)):
-        if tensor is not None and tensor.device != query.device:
-            raise RuntimeError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
     return (query, key, value, *options, scale, bias, rel_pos_bias, *axis_biases, key_mask)
 
 

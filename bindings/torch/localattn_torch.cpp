@@ -36,7 +36,8 @@ at::ScalarType accumulation_dtype(const Tensor &query) {
 }
 
 void check_dtype(const char *name, const Tensor &tensor, at::ScalarType expected) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == expected, name, " must be ", expected, ", got ", tensor.scalar_type());
+    TORCH_CHECK_TYPE(tensor.scalar_type() == expected, name, " must have dtype ", expected, ", got ",
+                     tensor.scalar_type());
 }
 
 void check_shape(const char *name, const Tensor &tensor, at::IntArrayRef expected) {
@@ -143,8 +144,11 @@ private:
                           ", got shape ", key.sizes());
         TORCH_CHECK_VALUE(key.size(-1) == query.size(-1), "key must have the width of query, ", query.size(-1),
                           ", got shape ", key.sizes());
-        // The C API takes a zero of these for a default.
-        TORCH_CHECK_VALUE(key.size(-2) > 0, "key must have at least 1 head, got shape ", key.sizes());
+        TORCH_CHECK_VALUE(query.size(-2) > 0, "query must have at least 1 head, got shape ", query.sizes());
+        TORCH_CHECK_VALUE(query.size(-1) > 0, "query must have at least 1 channel, got shape ", query.sizes());
+        TORCH_CHECK_VALUE(key.size(-2) > 0 && query.size(-2) % key.size(-2) == 0,
+                          "the heads of key must divide the ", query.size(-2), " heads of query, got shape ",
+                          key.sizes());
         Shape value_shape = key.sizes().vec();
         value_shape.back() = value.dim() ? value.size(-1) : 0;
         TORCH_CHECK_VALUE(value.sizes() == value_shape, "value must have the batch, extents and heads of key, ",
@@ -319,8 +323,9 @@ Gradients attention_backward(const Tensor &grad_output, const OptionalTensor &gr
         if (!needs_gradient[3 + i] || !problem.biases[i]) continue;
         // In the bias's own shape: seen in the full one its broadcast axes have stride 0, over which the core sums.
         gradients[3 + i] = at::empty(problem.biases[i]->sizes(), query.options().dtype(accumulated));
-        problem.bias_gradient_param(i) =
-            described(gradients[3 + i].expand(problem.bias_shapes[i]), Attention::bias_axes(i));
+        localattn_tensor &slot = problem.bias_gradient_param(i);
+        slot = described(gradients[3 + i].expand(problem.bias_shapes[i]), Attention::bias_axes(i));
+        if (gradients[3 + i].numel()) slot.data = gradients[3 + i].mutable_data_ptr();  // though seen as empty
     }
     const Context on;
     check(localattn_attention_backward(&on.context, &problem.params));
