@@ -3,6 +3,9 @@ readable definition (the only place that knows which is which), and differentiab
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -14,17 +17,26 @@ from .reference import linear_attention, routed_attention, similarity, weighting
 __all__ = ["linear_attention", "local_attention", "merge_attentions", "routed_attention", "similarity", "weighting"]
 
 
-def local_attention(query: Tensor, key: Tensor, value: Tensor, kernel_size, **options):
-    """:func:`localattn.local_attention`. In forward-mode differentiation, which native operators cannot take part in,
-    the readable definition: its memory grows with the window."""
-    if _has_tangent(
-        query, key, value, options.get("bias"), options.get("rel_pos_bias"), *(options.get("axis_bias") or ())
-    ):
-        return reference.local_attention(query, key, value, kernel_size, **options)
-    return ops.local_attention(query, key, value, kernel_size, **options)
+def _with_forward_mode(fused: Callable, definition: Callable) -> Callable:
+    """``fused``, but in forward-mode differentiation, which native operators cannot take part in, ``definition``,
+    whose memory grows with the window."""
+
+    @functools.wraps(fused)
+    def operator(*arguments, **options):
+        in_forward_mode = not torch.compiler.is_compiling() and _any_tangent((*arguments, *options.values()))
+        return (definition if in_forward_mode else fused)(*arguments, **options)
+
+    return operator
 
 
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling():
-        return False
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+def _any_tangent(arguments: Iterable) -> bool:
+    for argument in arguments:
+        if isinstance(argument, (tuple, list)):
+            if _any_tangent(argument):
+                return True
+        elif isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            return True
+    return False
+
+
+local_attention = _with_forward_mode(ops.local_attention, reference.local_attention)

@@ -1,6 +1,6 @@
 """The calls of NATTEN 0.17 and before (https://github.com/SHI-Labs/NATTEN; Hassani et al.,
 https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001), which most published models use: fused and unfused
-functions in ``functional``, modules with ``dim``, and the library's switches, accepted and ignored.
+functions (in ``functional`` too, as there), modules with ``dim``, and the library's switches, accepted and ignored.
 
 Differs from the original: even kernels in the fused calls and modules, windows beyond the map, relative position bias
 with causal axes, every floating dtype, second derivatives, ``scale=0``. Forward-mode differentiation works, outside
@@ -53,6 +53,26 @@ from .._natten_settings import (
     use_tiled_na,
 )
 from . import functional
+from .functional import (
+    na1d,
+    na1d_av,
+    na1d_qk,
+    na2d,
+    na2d_av,
+    na2d_qk,
+    na3d,
+    na3d_av,
+    na3d_qk,
+    natten1dav,
+    natten1dqk,
+    natten1dqkrpb,
+    natten2dav,
+    natten2dqk,
+    natten2dqkrpb,
+    natten3dav,
+    natten3dqk,
+    natten3dqkrpb,
+)
 from .modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 
 __all__ = [
@@ -93,6 +113,24 @@ __all__ = [
     "is_memory_usage_unrestricted",
     "is_tf32_in_gemm_na_enabled",
     "is_tiled_na_enabled",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "natten1dav",
+    "natten1dqk",
+    "natten1dqkrpb",
+    "natten2dav",
+    "natten2dqk",
+    "natten2dqkrpb",
+    "natten3dav",
+    "natten3dqk",
+    "natten3dqkrpb",
     "set_memory_usage_preference",
     "use_autotuner",
     "use_deterministic_algorithms",
