@@ -39,7 +39,7 @@ def axis_window(query, queries, keys, kernel, stride, dilation, causal, border):
 
 
 def map_window(query, query_extent, key_extent, kernel_size, stride, dilation, is_causal, border):
-    """The window of one query (a coordinate tuple): (kind, key coordinates, offsets, per-axis entry) in raster order."""
+    """The window of the query at a coordinate tuple, in raster order: (kind, key place, offsets, entry per axis)."""
     raster = is_causal == "raster"
     causal = (False,) * len(kernel_size) if raster else is_causal
     axes = [

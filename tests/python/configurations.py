@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -198,16 +197,16 @@ def forced(variant):
 def assert_close(name, got, expected, dtype, terms=1):
     """`got` (of `dtype`'s precision) equals the float64 array `expected` within what rounding in `dtype` explains.
 
-    The bound is relative to the largest number expected, and grows as random errors do with the `terms` that a broadcast
-    bias's gradient sums, each of which carries the rounding of the output it was computed from."""
+    The bound is relative to the largest number expected, and grows as random errors do with the `terms` that a
+    broadcast bias's gradient sums, each of which carries the rounding of the output it was computed from."""
     got = got.detach().double().numpy()
     assert got.shape == expected.shape, name
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(got[~finite], expected[~finite], err_msg=name)
     largest = max(1.0, float(np.abs(expected[finite]).max(initial=0)))
-    tolerance = (64 if dtype in (torch.float32, torch.float64) else 4) * torch.finfo(dtype).eps * largest * math.sqrt(terms)
+    tolerance = (
+        (64 if dtype in (torch.float32, torch.float64) else 4) * torch.finfo(dtype).eps * largest * math.sqrt(terms)
+    )
     error = float(np.abs(got[finite] - expected[finite]).max(initial=0))
     assert np.isfinite(got[finite]).all(), f"{name} is not finite"
     assert error <= tolerance, f"{name} is off by {error:.3g}, allowed is {tolerance:.3g}"
-
-

@@ -20,7 +20,9 @@ def pytest_report_header(config):
     seed = config.getoption("hypothesis_seed", None)
     if _library.load_error is not None:
         return f"localattn: {_library.load_error}"
-    variants = ", ".join(v.name if v.unavailable is None else f"{v.name} ({v.unavailable})" for v in _library.variants())
+    variants = ", ".join(
+        v.name if v.unavailable is None else f"{v.name} ({v.unavailable})" for v in _library.variants()
+    )
     return [
         f"localattn {_library.version()} ({_library.build_info()}), torch {torch.__version__}, variants: {variants}",
         f"hypothesis seed {seed}; another: --hypothesis-seed=random or a number",

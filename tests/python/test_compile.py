@@ -22,7 +22,11 @@ def problem(extent=(5, 6), key_extent=None, layout="contiguous", dtype=torch.flo
 
 def options(extent=(5, 6), key_extent=None, dtype=torch.float64):
     """Every kind of argument at once, for a kernel_size of 3."""
-    biases = [torch.randn(4, 9, dtype=dtype), torch.randn(4, 5, 5, dtype=dtype), torch.randn(1, 1, 6, 4, 3, dtype=dtype)]
+    biases = [
+        torch.randn(4, 9, dtype=dtype),
+        torch.randn(4, 5, 5, dtype=dtype),
+        torch.randn(1, 1, 6, 4, 3, dtype=dtype),
+    ]
     bias, rel_pos_bias, axis_bias = (b.requires_grad_() for b in biases)
     return {
         "border": "zero",
@@ -51,8 +55,7 @@ def test_opcheck(layout, with_options):
     torch.library.opcheck(torch.ops.localattn.attention.default, arguments)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_first"])
-@pytest.mark.parametrize("with_options", [False, True])
+@pytest.mark.parametrize(("layout", "with_options"), [("contiguous", True), ("channels_first", False)])
 def test_opcheck_of_the_backward(layout, with_options):
     arguments = native(*problem(layout=layout), **(options() if with_options else {}))
     output, lse = (t.detach() for t in torch.ops.localattn.attention(*arguments))
@@ -61,7 +64,6 @@ def test_opcheck_of_the_backward(layout, with_options):
     torch.library.opcheck(
         torch.ops.localattn.attention_backward.default,
         (*grads, *arguments[:3], output, lse, *arguments[3:], needed),
-        # The registration test wants some output to require grad; all do, and it runs in the others too.
     )
 
 
@@ -76,9 +78,17 @@ def gradients(function, inputs, chosen):
     return (output, weight, *torch.autograd.grad(output.square().sum() + weight.sum(), leaves))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_first", "sliced"])
-@pytest.mark.parametrize("with_options", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "layout", "with_options"),
+    [
+        ("aot_eager", "contiguous", True),
+        ("aot_eager", "channels_first", False),
+        ("aot_eager", "sliced", True),
+        ("inductor", "contiguous", False),
+        ("inductor", "channels_first", True),
+        ("inductor", "sliced", False),
+    ],
+)
 def test_compiled_forward_and_backward(backend, layout, with_options):
     torch.compiler.reset()
     inputs, chosen = problem(layout=layout), options() if with_options else {"enable_gqa": True}
@@ -99,7 +109,8 @@ def test_compiled_between_other_operators():
         output = localattn.local_attention(query.sin(), key * 2, value, 3, border="shift")
         return output.permute(0, 3, 4, 1, 2).flatten(1, 2) + 1
 
-    image, weight = torch.randn(2, 5, 8, 9, requires_grad=True), torch.randn(24, 5, 1, 1, requires_grad=True)
+    image = torch.randn(2, 5, 8, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(24, 5, 1, 1, dtype=torch.float64, requires_grad=True)
     expected = block(image, weight)
     got = torch.compile(block, fullgraph=True)(image, weight)
     torch.testing.assert_close(got, expected)
@@ -115,11 +126,10 @@ def test_dynamic_shapes_do_not_recompile():
         lambda q, k, v: localattn.local_attention(q, k, v, 3, enable_gqa=True).sin(),
         fullgraph=True, dynamic=True, backend=counter,
     )  # fmt: skip
-    for extent, batch in (((5, 6), 2), ((9, 4), 3), ((16, 7), 5)):
+    # No two sizes are equal at first: dynamo takes equal ones for the same symbol.
+    for extent, batch in (((7, 9), 3), ((11, 8), 10), ((16, 7), 5)):
         inputs = problem(extent, batch=batch)
-        torch.testing.assert_close(
-            compiled(*inputs), localattn.local_attention(*inputs, 3, enable_gqa=True).sin()
-        )
+        torch.testing.assert_close(compiled(*inputs), localattn.local_attention(*inputs, 3, enable_gqa=True).sin())
     assert counter.frame_count == 1
 
 
@@ -196,7 +206,9 @@ def test_vectorised_jacobian(with_bias):
     bias = torch.randn(4, 9, dtype=torch.float64) if with_bias else torch.zeros(9, dtype=torch.float64)
 
     def function(query, key, value, bias):
-        return localattn.local_attention(query, key, value, 3, enable_gqa=True, bias=bias if with_bias else None).sum((3, 4))
+        return localattn.local_attention(query, key, value, 3, enable_gqa=True, bias=bias if with_bias else None).sum(
+            (3, 4)
+        )
 
     inputs = (query, key, value, bias)
     got = torch.autograd.functional.jacobian(function, inputs, vectorize=True)
