@@ -22,22 +22,22 @@ LOCALATTN_INLINE void store_some(Element *p, typename V::reg x, int count) {
     for (int i = 0; i < count; ++i) store_from(t[i], p + i);
 }
 
-// lanes positions x lanes channels, transposed. Apart from the general case below, whose indexed array would keep this
-// one's out of registers.
-template <class V, class Element>
-LOCALATTN_INLINE void pack_block(const Element *in, int64_t position, typename V::reg factor, typename V::T *out,
-                                 int64_t out_channel) {
+// lanes positions x lanes channels, transposed; positions outside [from, to) count as zeros. The loops over registers
+// are unrolled: an index that is not a constant would put them into memory.
+template <class V, bool Whole, class Element>
+LOCALATTN_INLINE void pack_block(const Element *in, int64_t position, int from, int to, typename V::reg factor,
+                                 typename V::T *out, int64_t out_channel) {
     typename V::reg row[V::lanes];
     LOCALATTN_UNROLL
     for (int l = 0; l < V::lanes; ++l) {
-        row[l] = V::load_as(in + l * position);
+        row[l] = Whole || (l >= from && l < to) ? V::load_as(in + l * position) : typename V::reg{};
         V::hold(row[l]);
     }
     transpose<V>(row);
     LOCALATTN_UNROLL
     for (int l = 0; l < V::lanes; ++l) V::store(out + l * out_channel, factor * row[l]);
 }
-// The same for positions [from, to), the others zero, and `channels` of the channels.
+// The same for fewer channels.
 template <class V, class Element>
 __attribute__((noinline)) static void pack_part(const Element *in, int64_t position, int from, int to, int channels,
                                                 typename V::reg factor, typename V::T *out, int64_t out_channel) {
@@ -64,11 +64,18 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
         if (lo >= hi) {
             for (int64_t c = 0; c < channels; ++c) V::store(o + c * out_channel, reg{});
         } else if (channel == 1) {
-            const int64_t whole = lo == 0 && hi == L ? channels / L * L : 0;
-            for (int64_t c = 0; c < whole; c += L)
-                pack_block<V>(in + x * position + c, position, f, o + c * out_channel, out_channel);
+            const int64_t whole = channels / L * L;
+            const int from_lane = static_cast<int>(lo), to_lane = static_cast<int>(hi);
+            const Element *p = in + x * position;
+            if (lo == 0 && hi == L) {
+                for (int64_t c = 0; c < whole; c += L)
+                    pack_block<V, true>(p + c, position, 0, L, f, o + c * out_channel, out_channel);
+            } else {
+                for (int64_t c = 0; c < whole; c += L)
+                    pack_block<V, false>(p + c, position, from_lane, to_lane, f, o + c * out_channel, out_channel);
+            }
             for (int64_t c = whole; c < channels; c += L)
-                pack_part<V>(in + x * position + c, position, static_cast<int>(lo), static_cast<int>(hi),
+                pack_part<V>(p + c, position, from_lane, to_lane,
                              static_cast<int>(channels - c < L ? channels - c : L), f, o + c * out_channel,
                              out_channel);
         } else if (position == 1 && lo == 0 && hi == L) {

@@ -125,6 +125,44 @@ int64_t LaneAxis::most_slots(Side a) const {
     return query_period * ((highest - lowest) / key_period + 1);
 }
 
+namespace {
+
+// How many rows of B at most `block` neighbouring rows of A pair with; an upper bound, exact in the common cases.
+int64_t span_of(const Axis &axis, Side a, const RowAxis &rows, int64_t block) {
+    const bool from_queries = a == Side::query;
+    const int64_t d = axis.dilation;
+    if (axis.queries == axis.keys || d == 1) {
+        // Neighbours in a class are d positions apart, so that no list is needed to walk them.
+        int64_t most = 1;
+        for (int64_t g = 0; g < std::min(d, axis.queries); ++g) {
+            if (from_queries) {
+                for (int64_t first = g; first < axis.queries; first += d) {
+                    const int64_t last = first + d * (std::min(block, (axis.queries - 1 - first) / d + 1) - 1);
+                    const Window low = window_of(axis, first), high = window_of(axis, last);
+                    most = std::max(most, high.start + high.present_end - low.start - low.present_begin);
+                }
+                continue;
+            }
+            int64_t from = g, to = g;  // queries that pair with some key of the block
+            for (int64_t key = 0; g + d * key < axis.keys; ++key) {
+                while (from < axis.queries && window_of(axis, from).start + window_of(axis, from).end <= key) from += d;
+                while (to < axis.queries && window_of(axis, to).start + window_of(axis, to).begin < key + block) to += d;
+                most = std::max(most, (to - from) / d);
+            }
+        }
+        return most;
+    }
+    const int64_t longest = from_queries ? rows.longest_key_chain : rows.longest_query_chain;
+    // Rows of one class step through the other side's at most this fast.
+    const int64_t step = from_queries ? ceil_div(axis.keys, axis.queries) : ceil_div(axis.queries, axis.keys);
+    const int64_t reach = axis.kernel + 2 * axis.stride;
+    int64_t most = (from_queries ? reach : reach * step) + (block + 1) * step + 1;
+    if (!from_queries && (axis.border == Border::shift || axis.causal)) most += (axis.kernel + axis.stride) * step;
+    return from_queries && axis.border == Border::zero ? most : std::min(most, longest);
+}
+
+}  // namespace
+
 Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena) {
     Plan plan;
     plan.problem = &problem;
@@ -143,21 +181,8 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const bool from_queries = a == Side::query;
     const int64_t chain1 = from_queries ? plan.axis1.longest_query_chain : plan.axis1.longest_key_chain;
     plan.block_rows = static_cast<int>(std::min<int64_t>(options.block_rows, chain1));
-    const auto span = [&](const RowAxis &rows, const Axis &axis, int64_t block) {
-        const int64_t longest = from_queries ? rows.longest_key_chain : rows.longest_query_chain;
-        // Queries of one class step through its keys at most this fast.
-        const int64_t rate_num = from_queries ? axis.keys : axis.queries;
-        const int64_t rate_den = from_queries ? axis.queries : axis.keys;
-        const int64_t step = ceil_div(rate_num, rate_den);
-        const int64_t reach = (axis.kernel + 2 * axis.stride) * (from_queries ? 1 : step) + step;
-        int64_t most = reach + block * step + 1;
-        const bool outside = from_queries && axis.border == Border::zero;
-        const bool shifted = !from_queries && (axis.border == Border::shift || axis.causal);
-        if (shifted) most += (axis.kernel + axis.stride) * step;
-        return outside ? most : std::min(most, longest);
-    };
-    const int64_t span0 = span(plan.axis0, problem.axis[0], 1);
-    const int64_t span1 = span(plan.axis1, axis1, plan.block_rows);
+    const int64_t span0 = span_of(problem.axis[0], a, plan.axis0, 1);
+    const int64_t span1 = span_of(axis1, a, plan.axis1, plan.block_rows);
 
     // Strips as wide as the ring's budget allows, balanced; one tile at least.
     const int64_t tiles = ceil_div(lane.lanes(a), plan.lanes);
