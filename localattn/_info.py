@@ -36,7 +36,7 @@ def _sections() -> dict[str, list[tuple[str, str]]]:
             ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
             ("C library", " ".join(platform.libc_ver()) or "unknown"),
             ("Python", f"{platform.python_version()}, {sys.executable}"),
-            ("processor", _processor()),
+            ("processor", processor()),
         ],
     }
 
@@ -110,7 +110,8 @@ def _torch() -> list[tuple[str, str]]:
     ]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Model and logical cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,0 +1,86 @@
+"""``python -m localattn bench``: what it measures is right, and what it writes holds what it measured."""
+
+from __future__ import annotations
+
+import csv
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import localattn
+from localattn.bench import Plan, run
+from localattn.bench.measure import MIB, in_fresh_process, interleaved, multiply_add_peak, peak_memory
+from localattn.bench.peers import PEERS, Peer, by_name
+from localattn.bench.shapes import Shape
+
+
+# NATTEN's border is another one, and it is a project of its own.
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.name != "NATTEN"], ids=lambda peer: peer.name)
+def test_peers_compute_the_same(peer: Peer) -> None:
+    shape = Shape(2, 8, 24, 7)
+    if peer.name == "flex_attention, compiled":
+        torch.use_deterministic_algorithms(False)  # the compiler's own scratch memory
+    assert peer.absent() is None
+    query, key, value = torch.randn(3, 1, shape.side, shape.side, shape.heads, shape.channels, dtype=torch.float32)
+    expected = localattn.reference.local_attention(query, key, value, shape.kernel)
+    with torch.no_grad():
+        torch.testing.assert_close(peer.prepare(shape)(query, key, value), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_are_counted_inside_the_map() -> None:
+    shape = Shape(3, 8, 6, 5)
+    windows = localattn.reference.axis_windows(6, 6, 5, 1, 1, False, "mask", torch.device("cpu"))
+    assert shape.pairs == 3 * int(windows.inside.sum()) ** 2
+    assert shape.flop(backward=False) == 4 * 8 * shape.pairs
+
+
+def _touch(size: int) -> None:
+    block = bytearray(size)
+    for at in range(0, size, 4096):
+        block[at] = 1
+
+
+def _memory_of_touching(size: int) -> int:
+    return peak_memory(lambda: _touch(size))
+
+
+def test_peak_memory_sees_what_is_freed_again() -> None:
+    assert in_fresh_process(_memory_of_touching, 64 * MIB) == pytest.approx(64 * MIB, abs=4 * MIB)
+
+
+def test_interleaved_measures_each_call() -> None:
+    ticks = []
+    timings = interleaved({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.05)}, 0.2, 4, ticks.append)
+    assert 0.002 <= timings["short"].warm.median < 0.05 <= timings["long"].warm.median
+    assert ticks[:4] == ["short", "long", "short", "long"]
+    assert timings["long"].rounds < timings["short"].rounds == 4
+
+
+def test_multiply_add_peak_is_above_what_a_product_reaches() -> None:
+    peak = multiply_add_peak(1)
+    assert peak is not None
+    assert 1e9 < peak < 1e12
+
+
+def test_report_holds_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = Shape(1, 16, 16, 5)
+    torch.use_deterministic_algorithms(False)
+    run(Plan([shape], [], [shape], seconds_each=0.05, rounds=2), ["localattn", "halo blocks", "unfold"], tmp_path)
+    rows = list(csv.DictReader((tmp_path / "bench.csv").open()))
+    measured = {(row["peer"], row["pass"], row["dtype"]) for row in rows}
+    both = [("localattn", "bfloat16"), *((peer, "float32") for peer in ("localattn", "halo blocks", "unfold"))]
+    assert measured == {(peer, which, dtype) for peer, dtype in both for which in ("forward", "forward+backward")}
+    assert all(float(row["warm_s"]) > 0 for row in rows)
+    assert all(int(row["peak_bytes"]) > 0 for row in rows if row["dtype"] == "float32")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert "GFLOP/s" in text
+    assert "halo blocks" in text
+
+
+def test_a_peer_that_would_not_fit_is_declined() -> None:
+    reason = by_name("unfold").declines(Shape(64, 64, 2048, 21), True)
+    assert reason is not None
+    assert "GiB" in reason
