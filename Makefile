@@ -18,6 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt $(PIP_FLAGS)
 # The working directory stays off sys.path: what runs is the installed package, not the source tree.
 export PYTHONSAFEPATH := 1
+export CMAKE_GENERATOR ?= Ninja
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 export PATH := $(BIN):$(PATH)
 
