@@ -12,14 +12,20 @@
  * -------------------------------------
  * - C99. No function exits, aborts, throws or prints. Every failure is a status, and localattn_last_error()
  *   gives, to the thread that made the call, one sentence that names the field, its value and what is allowed.
- *   A failed call has read no tensor and written none.
+ *   Arguments are checked before any tensor is touched: a call that fails has written nothing, unless the caller's
+ *   own executor or device failed half-way.
  * - Structs are plain and append-only. Set `struct_size = sizeof(the struct)` and zero everything else
  *   (LOCALATTN_INIT does both); then zero means the default. A shorter struct than this header's is completed
  *   with zeros; a longer one is accepted if what this library does not know of it is zero.
- * - Tensors are a data pointer and element strides. Any layout is accepted (channels-last, channels-first, views,
- *   negative strides); a stride of 0 broadcasts an input. Results must not overlap one another or an input.
- *   Offsets are computed in 64 bits.
- * - Nothing is kept between calls. Calls from several threads at once are safe.
+ * - Tensors are a data pointer, aligned to the element, and element strides. Any layout is accepted (channels-last,
+ *   channels-first, views, negative strides), and inputs may overlap themselves; a stride of 0 broadcasts an input.
+ *   The elements of a result must not overlap one another, another result or an input. Offsets are computed in
+ *   64 bits. Strides along an extent of 1 do not matter.
+ * - Sizes are at most 2^31-1 along each axis. A batch, a query_extent or a key_extent of 0 is no error: results
+ *   are then empty, or those of queries that see no key. A tensor without elements may have NULL for data.
+ * - A NaN or an infinity reaches the queries whose window holds it, as in plain arithmetic, and no other.
+ * - Nothing is kept between calls, no thread either. Calls from several threads at once, and from a process that
+ *   was forked from one that has made calls, are safe.
  * - The same variant gives the same bits for every number of workers.
  *
  * The window rule, for one axis
@@ -33,9 +39,9 @@
  *        border mask:   leader - k/2; entries outside the map are left out
  *        border zero:   the same; entries outside stay in the softmax with score 0 (plus bias) and value 0
  *        causal axis:   max(leader - k + 1, 0), and entries after c are absent, whatever the border.
- * Several axes combine by product; entries are numbered in raster order. With `raster_causal` (odd kernels,
- * stride 1, border mask or zero) only the first prod(k)/2 + 1 entries in raster order remain, the centre last.
- * A query that sees no key gives zeros, lse = -infinity and zero gradients.
+ * Divisions round down. Several axes combine by product; entries are numbered in raster order. With
+ * `raster_causal` (odd kernels, stride 1, border mask or zero, no is_causal) only the first prod(k)/2 + 1 entries
+ * in raster order remain, the centre last. A query that sees no key gives zeros, lse = -infinity and zero gradients.
  */
 #ifndef LOCALATTN_LOCALATTN_H
 #define LOCALATTN_LOCALATTN_H
@@ -47,10 +53,11 @@
 #define LOCALATTN_VERSION_MINOR 1
 #define LOCALATTN_VERSION_PATCH 0
 
-#if defined(LOCALATTN_STATIC)
-#define LOCALATTN_API
-#else
+/* The library is compiled with every other symbol hidden. */
+#if defined(__GNUC__)
 #define LOCALATTN_API __attribute__((visibility("default")))
+#else
+#define LOCALATTN_API
 #endif
 
 #ifdef __cplusplus
@@ -81,15 +88,9 @@ typedef enum localattn_border {
     LOCALATTN_BORDER_SHIFT = 2
 } localattn_border;
 
-typedef enum localattn_device {
-    LOCALATTN_CPU = 0,
-    LOCALATTN_CUDA = 1
-} localattn_device;
+typedef enum localattn_device { LOCALATTN_CPU = 0, LOCALATTN_CUDA = 1 } localattn_device;
 
-typedef enum localattn_pass {
-    LOCALATTN_FORWARD = 0,
-    LOCALATTN_BACKWARD = 1
-} localattn_pass;
+typedef enum localattn_pass { LOCALATTN_FORWARD = 0, LOCALATTN_BACKWARD = 1 } localattn_pass;
 
 /* Runs work on the caller's threads. `run` must call task(argument, i) once for every i in [0, num_tasks), in any
  * order, concurrently or one after another, and return when all have returned; num_tasks <= num_workers. */
@@ -114,11 +115,12 @@ typedef struct localattn_context {
                               environment's LOCALATTN_CPU_ISA forces one */
 } localattn_context;
 
-/* A strided tensor; strides count elements. Only the strides that its role gives an axis are read. */
+/* A strided tensor; strides count elements. Each tensor of the params has the axes that its comment lists, in any order
+ * in memory; strides of other axes are not read. */
 typedef struct localattn_tensor {
     void *data; /* NULL: absent */
     int64_t batch_stride;
-    int64_t spatial_stride[3]; /* the first `rank` are read, in the order of query_extent */
+    int64_t spatial_stride[3]; /* in the order of query_extent */
     int64_t head_stride;
     int64_t channel_stride; /* or the stride of the window entry, where the role has that axis */
 } localattn_tensor;
@@ -131,7 +133,9 @@ typedef struct localattn_tensor {
  *
  * Element types: `dtype` for query, key, value, output, the biases, and the gradients of the first five. float32
  * (float64 for float64) for lse, grad_lse and the gradients of biases. uint8 for key_mask. Sums are accumulated in
- * float32 or wider, float64 in float64. */
+ * float32 or wider, float64 in float64.
+ *
+ * Of every array of 3 the first `rank` are read. */
 typedef struct localattn_attention_params {
     size_t struct_size;
     int32_t dtype; /* localattn_dtype */
@@ -152,14 +156,17 @@ typedef struct localattn_attention_params {
     int32_t has_scale; /* 0: scale is channels^-0.5 */
     double scale;
 
-    localattn_tensor query;        /* (batch, *query_extent, heads, channels) */
-    localattn_tensor key;          /* (batch, *key_extent, kv_heads, channels) */
-    localattn_tensor value;        /* (batch, *key_extent, kv_heads, value_channels) */
-    localattn_tensor bias;         /* (batch, *query_extent, heads, prod(kernel_size)); added to the score */
+    localattn_tensor query; /* (batch, *query_extent, heads, channels) */
+    localattn_tensor key;   /* (batch, *key_extent, kv_heads, channels) */
+    localattn_tensor value; /* (batch, *key_extent, kv_heads, value_channels) */
+    /* Biases, each optional, are added to the score; to that of a zero outside the map, too. */
+    localattn_tensor bias;         /* (batch, *query_extent, heads, prod(kernel_size)); with raster_causal the entries
+                                      that are absent are not read */
     localattn_tensor rel_pos_bias; /* (heads, 2*kernel_size-1 per axis in spatial_stride): key - centre + k - 1, in
                                       dilated coordinates */
     localattn_tensor axis_bias[3]; /* each (batch, *query_extent, heads, kernel_size of that axis) */
-    localattn_tensor key_mask;     /* (batch, *key_extent), uint8: nonzero attends, 0 leaves that key out */
+    localattn_tensor key_mask;     /* (batch, *key_extent), uint8, optional: nonzero attends, 0 leaves that key out. The
+                                      zeros outside the map are no keys and stay */
 
     localattn_tensor output; /* (batch, *query_extent, heads, value_channels) */
     localattn_tensor lse;    /* (batch, *query_extent, heads) */
@@ -169,7 +176,9 @@ typedef struct localattn_attention_params {
     localattn_tensor grad_query;
     localattn_tensor grad_key;
     localattn_tensor grad_value;
-    localattn_tensor grad_bias; /* shaped as the bias; a stride of 0 sums over that axis */
+    /* Shaped as the bias, which must then be given. A stride of 0 sums over that axis, in a fixed order (an
+       extent of 0, too: the sum is 0). Entries that are never present get 0. */
+    localattn_tensor grad_bias;
     localattn_tensor grad_rel_pos_bias;
     localattn_tensor grad_axis_bias[3];
 } localattn_attention_params;
@@ -186,14 +195,16 @@ typedef struct localattn_attention_params {
 #define LOCALATTN_INIT(type) ((type){.struct_size = sizeof(type)})
 #endif
 
-/* Forward and backward. Errors: every status above. */
+/* Each status above may come back from these. LOCALATTN_UNSUPPORTED is for a device that was not built in, and for a
+ * forced variant that declines; left to choose, the library always finds a variant. */
 LOCALATTN_API localattn_status localattn_attention_forward(const localattn_context *context,
                                                            const localattn_attention_params *params);
 LOCALATTN_API localattn_status localattn_attention_backward(const localattn_context *context,
                                                             const localattn_attention_params *params);
 
-/* Bytes of workspace that the same call would use with this context's executor or num_threads. Data pointers may be
- * NULL here, except that which optional tensors are present must be told (any non-NULL pointer; it is not read). */
+/* Bytes of workspace that the same call would use with this context's executor or num_threads, which matter: so does
+ * its variant, but not its workspace. Nothing is read through data pointers here, and those of required tensors may be
+ * NULL; of optional ones, any that is not NULL says that the tensor will be there. */
 LOCALATTN_API localattn_status localattn_attention_workspace_size(const localattn_context *context,
                                                                   const localattn_attention_params *params,
                                                                   localattn_pass pass, size_t *size);
