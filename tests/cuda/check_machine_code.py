@@ -18,7 +18,8 @@ import subprocess
 import sys
 
 # Kernel -> instructions it must hold: tensor-core product, matrix load, asynchronous copy.
-FAST = {"tensor_core_forward": ("HMMA", "LDSM", "LDGSTS")}
+PIPELINE = ("HMMA", "LDSM", "LDGSTS")
+FAST = {f"tensor_core_{name}": PIPELINE for name in ("forward", "grad_query", "grad_key")}
 
 
 def find_cuobjdump(given):

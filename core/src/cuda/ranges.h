@@ -35,4 +35,35 @@ GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_ranges(GPU_ARGUMENT RangeArgum
     }
 }
 
+// For each key of an axis, the contiguous range of queries of its class that see it, from the queries' ranges: the window
+// rule transposed, for the gradients of key and value.
+struct KeyRangeArguments {
+    int32_t queries[2], keys[2], dilation[2];
+    const Range *query_range[2];
+    Range *key_range[2];
+};
+
+GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_key_ranges(GPU_ARGUMENT KeyRangeArguments arguments) {
+    GPU_UNROLL for (int a = 0; a < 2; ++a) {
+        const int dilation = arguments.dilation[a], step = grid_extent().x * range_threads;
+        for (int key = block_index().x * range_threads + thread_index(); key < arguments.keys[a]; key += step) {
+            const int residue = key % dilation, place = key / dilation;
+            const int queries = (arguments.queries[a] - residue + dilation - 1) / dilation;
+            // The first query whose range ends beyond the key, and the first whose range begins beyond it.
+            int first[2];
+            GPU_UNROLL for (int bound = 0; bound < 2; ++bound) {
+                int low = 0, high = queries;
+                while (low < high) {
+                    const int middle = (low + high) / 2;
+                    const Range range = arguments.query_range[a][residue + dilation * middle];
+                    if ((bound == 0 ? range.end : range.begin) > place) high = middle;
+                    else low = middle + 1;
+                }
+                first[bound] = low;
+            }
+            arguments.key_range[a][key] = {first[0], first[1] > first[0] ? first[1] : first[0]};
+        }
+    }
+}
+
 }  // namespace localattn::cuda

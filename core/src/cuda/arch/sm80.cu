@@ -1,4 +1,7 @@
 // Tensor cores from compute capability 8.0: launches of the tiled kernels, and the table of their tiles.
+#include <type_traits>
+
+#include "../tensor_core_backward.h"
 #include "../tensor_core_forward.h"
 #include "../variant.h"
 
@@ -6,37 +9,65 @@ namespace localattn::cuda {
 
 namespace {
 
-// Tiles by width of the channels: warp rows, warp columns, patches a warp, chunks a step, blocks a multiprocessor. Two
-// patches share every load of key and value; at width 128 their accumulators would not fit the registers.
+// Tiles by kernel and width of the channels: warp rows, warp columns, patches a warp, chunks a step (of the forward),
+// blocks a multiprocessor. Two patches share every load from shared memory, where their accumulators fit the registers.
 template <int width>
-struct TileFor;
+struct ForwardTile : Tile<width, 2, 2, 2, width == 32 ? 4 : 2, 2> {};
 template <>
-struct TileFor<32> : Tile<32, 2, 2, 2, 4, 2> {};
-template <>
-struct TileFor<64> : Tile<64, 2, 2, 2, 2, 2> {};
-template <>
-struct TileFor<128> : Tile<128, 2, 2, 1, 2, 2> {};
+struct ForwardTile<128> : Tile<128, 2, 2, 1, 2, 2> {};
 
-// Calls visit(tile) with the tile whose width the problem needs; it must exist.
+template <int width>
+struct GradQueryTile : Tile<width, 2, 2, width == 128 ? 1 : 2, 1, 2> {};
+
+template <int width>
+struct GradKeyTile : Tile<width, 2, 4, 1, 1, 1> {};
+
+// Calls visit(integral constant) with the width of the tiles that the problem needs; it must exist.
 template <class Visit>
-auto with_tile(const Problem &p, Visit visit) {
+auto with_width(const Problem &p, Visit visit) {
     const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels;
-    if (widest <= 32) return visit(TileFor<32>());
-    if (widest <= 64) return visit(TileFor<64>());
-    return visit(TileFor<128>());
+    if (widest <= 32) return visit(std::integral_constant<int, 32>());
+    if (widest <= 64) return visit(std::integral_constant<int, 64>());
+    return visit(std::integral_constant<int, 128>());
 }
 
-// At most so many key columns does a tile of `queries` see: the centres' spread, the leader's shift, the kernel.
-int64_t box_bound(const Axis &x, int64_t queries) {
-    const int64_t centres = x.dilation > 1 ? queries - 1 : ((queries - 1) * x.keys + x.queries - 1) / x.queries;
+// At most so many key columns do the queries of a tile see: the spread of the centres, the leader's shift, the kernel.
+template <class C>
+int64_t key_columns(const Axis &x) {
+    const int64_t tile = C::query_columns;
+    const int64_t centres = x.dilation > 1 ? tile - 1 : ((tile - 1) * x.keys + x.queries - 1) / x.queries;
     const int64_t bound = centres + x.stride - 1 + x.kernel;
     const int64_t longest = (x.keys + x.dilation - 1) / x.dilation;  // but zeros outside the map are seen as well
-    return x.border == Border::zero || bound < longest ? bound : longest;
+    return (x.border == Border::zero || bound < longest ? bound : longest) + C::spare_columns;
+}
+
+// And so many query columns see the keys of a tile; where windows are shifted inwards, those near the border are seen by
+// half a kernel more.
+template <class C>
+int64_t query_columns(const Axis &x) {
+    const int64_t centres = C::query_columns + x.kernel + x.stride + (x.border == Border::shift ? x.kernel / 2 : 0);
+    const int64_t bound = x.dilation > 1 ? centres : (centres * x.queries + x.keys - 1) / x.keys + 1;
+    const int64_t longest = (x.queries + x.dilation - 1) / x.dilation;
+    return (bound < longest ? bound : longest) + C::spare_columns;
 }
 
 template <class C>
-int64_t stage_columns(const Problem &p) {
-    return box_bound(p.axis[2], C::query_columns) + C::spare_columns;
+int64_t grad_key_bytes(int64_t columns) {
+    return C::shared_bytes(columns) + 2 * columns * C::stage_rows * int64_t(sizeof(Statistics));
+}
+
+// The most shared memory that a kernel of the pass asks for.
+int64_t shared_bytes(const Problem &p, Pass pass) {
+    return with_width(p, [&](auto width) -> int64_t {
+        using Forward = ForwardTile<decltype(width)::value>;
+        using GradQuery = GradQueryTile<decltype(width)::value>;
+        using GradKey = GradKeyTile<decltype(width)::value>;
+        const Axis &x = p.axis[2];
+        if (pass == Pass::forward) return Forward::shared_bytes(key_columns<Forward>(x));
+        const int64_t query = GradQuery::shared_bytes(key_columns<GradQuery>(x));
+        const int64_t key = grad_key_bytes<GradKey>(query_columns<GradKey>(x));
+        return query > key ? query : key;
+    });
 }
 
 bool unit_aligned(const Problem &p, const Tensor &t, int64_t elements) {
@@ -52,86 +83,192 @@ bool addressable(const Tensor &t, int64_t rows, int64_t columns) {
 }
 
 const char *declines(const Problem &p, Pass pass, const Device &device) {
-    if (pass == Pass::backward) return "computes the forward only";
     if (p.dtype != Dtype::float16 && p.dtype != Dtype::bfloat16) return "computes float16 and bfloat16 only";
     const Axis &first = p.axis[0], &rows = p.axis[1], &columns = p.axis[2];
     if (first.queries != 1 || first.keys != 1 || first.kernel != 1) return "computes 1 and 2 spatial axes only";
     if (p.batch == 0 || rows.queries == 0 || columns.queries == 0 || rows.keys == 0 || columns.keys == 0)
         return "takes no empty maps";
     if (p.raster) return "a raster-causal window is no rectangle";
-    if (p.has_bias()) return "takes no bias";
+    if (p.has_bias() || p.wants_bias_gradient()) return "takes no bias";
     if (p.key_mask.data) return "takes no key mask";
     if (!(p.scale > 0 && p.scale < 1e30)) return "the scale must be positive";
     for (const Axis *x : {&rows, &columns})
         if (x->dilation > 1 && x->queries != x->keys) return "dilation needs as many queries as keys";
-    const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels;
-    if (widest > 128) return "computes at most 128 channels a head";
+    if (p.channels > 128 || p.value_channels > 128) return "computes at most 128 channels a head";
     if (p.channels % 8 || p.value_channels % 8) return "channels must be a multiple of 8";
+
+    const bool backward = pass == Pass::backward;
     if (!unit_aligned(p, p.key, 8) || !unit_aligned(p, p.value, 8))
         return "key and value need contiguous channels and 16-byte alignment";
-    if (!unit_aligned(p, p.query, 2) || !unit_aligned(p, p.output, 2))
-        return "query and output need contiguous channels and 4-byte alignment";
-    if (!addressable(p.query, rows.queries, columns.queries) || !addressable(p.output, rows.queries, columns.queries) ||
-        !addressable(p.lse, rows.queries, columns.queries) || !addressable(p.key, rows.keys, columns.keys) ||
-        !addressable(p.value, rows.keys, columns.keys))
+    if (!unit_aligned(p, p.query, backward ? 8 : 2)) return "query needs contiguous channels and alignment";
+    if (backward) {
+        if (!unit_aligned(p, p.grad_output, 8)) return "grad_output needs contiguous channels and 16-byte alignment";
+        for (const Tensor *t : {&p.grad_query, &p.grad_key, &p.grad_value})
+            if (t->data && !unit_aligned(p, *t, 2)) return "gradients need contiguous channels and 4-byte alignment";
+    } else if (!unit_aligned(p, p.output, 2)) {
+        return "output needs contiguous channels and 4-byte alignment";
+    }
+    for (const Tensor *t : {&p.query, &p.output, &p.lse, &p.grad_output, &p.grad_query})
+        if (!addressable(*t, rows.queries, columns.queries)) return "an image spans 2^31 elements or more";
+    for (const Tensor *t : {&p.key, &p.value, &p.grad_key, &p.grad_value})
+        if (!addressable(*t, rows.keys, columns.keys)) return "an image spans 2^31 elements or more";
+    if (double(rows.queries) * double(columns.queries) * double(p.heads) > INT32_MAX)
         return "an image spans 2^31 elements or more";
-    return with_tile(p, [&](auto tile) -> const char * {
-        using C = decltype(tile);
-        if (C::shared_bytes(stage_columns<C>(p)) > device.shared_bytes) return "the window is too wide for shared memory";
-        const auto tiles = [](const Axis &x, int64_t queries) {
-            return double(x.dilation) * (double((x.queries + x.dilation - 1) / x.dilation) / double(queries) + 1);
-        };
-        if (tiles(rows, C::query_rows) * tiles(columns, C::query_columns) * double(p.batch) * double(p.heads) > INT32_MAX)
-            return "more tiles than a grid has blocks";
-        return nullptr;
-    });
+
+    if (shared_bytes(p, pass) > device.shared_bytes) return "the window is too wide for shared memory";
+    const auto tiles = [](int64_t extent, int64_t dilation) {  // of 8 places, the least that a tile has
+        return double(dilation) * (double(extent) / double(dilation) / 8 + 2);
+    };
+    const double most_rows = tiles(rows.queries > rows.keys ? rows.queries : rows.keys, rows.dilation);
+    const double most_columns = tiles(columns.queries > columns.keys ? columns.queries : columns.keys, columns.dilation);
+    if (most_rows * most_columns * double(p.batch) * double(p.heads) > INT32_MAX) return "more tiles than a grid has blocks";
+    return nullptr;
 }
 
-size_t workspace(const Problem &p, Pass) { return size_t(p.axis[1].queries + p.axis[2].queries) * sizeof(Range); }
+// Device memory: ranges of the queries, for the backward those of the keys, and the queries' statistics.
+struct Workspace {
+    Range *query[2], *key[2];
+    Statistics *statistics;
+    size_t bytes;
+
+    Workspace(const Problem &p, Pass pass, void *memory) {
+        static_assert(sizeof(Range) == 8 && sizeof(Statistics) == 8, "one follows the other without gaps");
+        const Axis &rows = p.axis[1], &columns = p.axis[2];
+        int64_t count = 0;
+        const auto take = [&](int64_t items) {
+            void *at = static_cast<char *>(memory) + 8 * count;
+            count += items;
+            return at;
+        };
+        query[0] = static_cast<Range *>(take(rows.queries));
+        query[1] = static_cast<Range *>(take(columns.queries));
+        const bool backward = pass == Pass::backward;
+        key[0] = static_cast<Range *>(take(backward ? rows.keys : 0));
+        key[1] = static_cast<Range *>(take(backward ? columns.keys : 0));
+        statistics = static_cast<Statistics *>(take(backward ? p.batch * rows.queries * columns.queries * p.heads : 0));
+        bytes = size_t(8 * count);
+    }
+};
+
+size_t workspace(const Problem &p, Pass pass) {
+    alignas(8) static char nowhere[8];  // only the sizes matter
+    return Workspace(p, pass, nowhere).bytes;
+}
 
 View view_of(const Tensor &t) { return {t.batch, t.head, int32_t(t.axis[1]), int32_t(t.axis[2])}; }
 
-TileAxis tile_axis(const Axis &x, int64_t tile_queries, const Range *range) {
-    const int64_t longest = (x.queries + x.dilation - 1) / x.dilation;
-    return {int32_t(x.queries), int32_t(x.keys), int32_t(x.dilation), int32_t((longest + tile_queries - 1) / tile_queries),
-            range};
+TileAxis tile_axis(int64_t tiled, int64_t streamed, int64_t dilation, int64_t tile_places, const Range *range) {
+    const int64_t longest = (tiled + dilation - 1) / dilation;
+    return {int32_t(tiled), int32_t(streamed), int32_t(dilation), int32_t((longest + tile_places - 1) / tile_places), range};
+}
+
+Extent3 grid_of(const TileAxis &rows, const TileAxis &columns, int64_t images) {
+    return {int32_t(int64_t(rows.tiles) * rows.dilation * columns.tiles * columns.dilation * images), 1, 1};
+}
+
+Extent3 blocks_for(int64_t items, int64_t items_a_block) {
+    const int64_t blocks = (items + items_a_block - 1) / items_a_block, most = INT32_MAX;
+    return {int32_t(blocks < most ? blocks : most), 1, 1};
+}
+
+template <class Real>
+Real *pointer(const Tensor &t) {
+    return static_cast<Real *>(t.data);
+}
+
+const char *prepare_ranges(const Problem &p, Pass pass, const Workspace &w, void *stream) {
+    const Axis &rows = p.axis[1], &columns = p.axis[2];
+    const RangeArguments queries = {{rows, columns}, {w.query[0], w.query[1]}};
+    const int64_t most_queries = rows.queries > columns.queries ? rows.queries : columns.queries;
+    const char *error = launch(fill_ranges, blocks_for(most_queries, range_threads), range_threads, 0, stream, queries);
+    if (error || pass == Pass::forward) return error;
+    const KeyRangeArguments keys = {{int32_t(rows.queries), int32_t(columns.queries)},
+                                    {int32_t(rows.keys), int32_t(columns.keys)},
+                                    {int32_t(rows.dilation), int32_t(columns.dilation)},
+                                    {w.query[0], w.query[1]},
+                                    {w.key[0], w.key[1]}};
+    const int64_t most_keys = rows.keys > columns.keys ? rows.keys : columns.keys;
+    return launch(fill_key_ranges, blocks_for(most_keys, range_threads), range_threads, 0, stream, keys);
+}
+
+template <int width, class T>
+const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
+    using C = ForwardTile<width>;
+    const Axis &rows = p.axis[1], &columns = p.axis[2];
+    ForwardArguments<T> a{};
+    a.query = pointer<const T>(p.query), a.key = pointer<const T>(p.key), a.value = pointer<const T>(p.value);
+    a.output = pointer<T>(p.output), a.lse = pointer<float>(p.lse);
+    a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
+    a.output_view = view_of(p.output), a.lse_view = view_of(p.lse);
+    a.rows = tile_axis(rows.queries, rows.keys, rows.dilation, C::query_rows, w.query[0]);
+    a.columns = tile_axis(columns.queries, columns.keys, columns.dilation, C::query_columns, w.query[1]);
+    a.heads = int32_t(p.heads), a.heads_a_key = int32_t(p.heads / p.kv_heads);
+    a.channels = int32_t(p.channels), a.value_channels = int32_t(p.value_channels);
+    a.stage_columns = int32_t(key_columns<C>(columns));
+    a.scale = float(p.scale);
+    return launch(tensor_core_forward<C, T>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                  size_t(C::shared_bytes(a.stage_columns)), stream, a);
+}
+
+template <int width, class T>
+const char *run_backward(const Problem &p, const Workspace &w, void *stream) {
+    const StatisticsArguments statistics = {p, w.statistics};
+    const int64_t queries = p.batch * p.axis[1].queries * p.axis[2].queries * p.heads;
+    const char *error = launch(fill_statistics<T>, blocks_for(queries, statistics_threads / warp_size), statistics_threads, 0,
+                               stream, statistics);
+    if (error) return error;
+
+    const Axis &rows = p.axis[1], &columns = p.axis[2];
+    GradientArguments<T> a{};
+    a.query = pointer<const T>(p.query), a.key = pointer<const T>(p.key), a.value = pointer<const T>(p.value);
+    a.grad_output = pointer<const T>(p.grad_output);
+    a.grad_query = pointer<T>(p.grad_query), a.grad_key = pointer<T>(p.grad_key), a.grad_value = pointer<T>(p.grad_value);
+    a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
+    a.grad_output_view = view_of(p.grad_output), a.grad_query_view = view_of(p.grad_query);
+    a.grad_key_view = view_of(p.grad_key), a.grad_value_view = view_of(p.grad_value);
+    a.statistics = w.statistics;
+    a.heads = int32_t(p.heads), a.heads_a_key = int32_t(p.heads / p.kv_heads);
+    a.channels = int32_t(p.channels), a.value_channels = int32_t(p.value_channels);
+    a.scale = float(p.scale);
+    if (a.grad_query) {
+        using C = GradQueryTile<width>;
+        a.rows = tile_axis(rows.queries, rows.keys, rows.dilation, C::query_rows, w.query[0]);
+        a.columns = tile_axis(columns.queries, columns.keys, columns.dilation, C::query_columns, w.query[1]);
+        a.stage_columns = int32_t(key_columns<C>(columns));
+        error = launch(tensor_core_grad_query<C, T>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                       size_t(C::shared_bytes(a.stage_columns)), stream, a);
+    }
+    if (!error && (a.grad_key || a.grad_value)) {
+        using C = GradKeyTile<width>;
+        a.rows = tile_axis(rows.keys, rows.queries, rows.dilation, C::query_rows, w.key[0]);
+        a.columns = tile_axis(columns.keys, columns.queries, columns.dilation, C::query_columns, w.key[1]);
+        a.stage_columns = int32_t(query_columns<C>(columns));
+        const Extent3 grid = grid_of(a.rows, a.columns, p.batch * p.kv_heads);
+        const size_t bytes = size_t(grad_key_bytes<C>(a.stage_columns));
+        if constexpr (width < 128) {
+            error = launch(tensor_core_grad_key<C, T, true, true>, grid, C::threads, bytes, stream, a);
+        } else {
+            if (a.grad_key) error = launch(tensor_core_grad_key<C, T, true, false>, grid, C::threads, bytes, stream, a);
+            if (!error && a.grad_value)
+                error = launch(tensor_core_grad_key<C, T, false, true>, grid, C::threads, bytes, stream, a);
+        }
+    }
+    return error;
 }
 
 template <class T>
-const char *run_typed(const Problem &p, void *stream, void *workspace) {
-    RangeArguments ranges = {{p.axis[1], p.axis[2]}, {static_cast<Range *>(workspace)}};
-    ranges.range[1] = ranges.range[0] + p.axis[1].queries;
-    const int64_t longest = p.axis[1].queries > p.axis[2].queries ? p.axis[1].queries : p.axis[2].queries;
-    const int64_t blocks = (longest + range_threads - 1) / range_threads;
-    const char *error = launch(fill_ranges, {int32_t(blocks), 1, 1}, range_threads, 0, stream, ranges);
-    if (error) return error;
-
-    return with_tile(p, [&](auto tile) {
-        using C = decltype(tile);
-        ForwardArguments<T> a{};
-        a.query = static_cast<const T *>(p.query.data);
-        a.key = static_cast<const T *>(p.key.data);
-        a.value = static_cast<const T *>(p.value.data);
-        a.output = static_cast<T *>(p.output.data);
-        a.lse = static_cast<float *>(p.lse.data);
-        a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
-        a.output_view = view_of(p.output), a.lse_view = view_of(p.lse);
-        a.rows = tile_axis(p.axis[1], C::query_rows, ranges.range[0]);
-        a.columns = tile_axis(p.axis[2], C::query_columns, ranges.range[1]);
-        a.heads = int32_t(p.heads);
-        a.heads_a_key = int32_t(p.heads / p.kv_heads);
-        a.channels = int32_t(p.channels);
-        a.value_channels = int32_t(p.value_channels);
-        a.stage_columns = int32_t(stage_columns<C>(p));
-        a.scale = float(p.scale);
-        const int64_t count = int64_t(a.rows.tiles) * a.rows.dilation * a.columns.tiles * a.columns.dilation * p.batch * p.heads;
-        return launch(tensor_core_forward<C, T>, {int32_t(count), 1, 1}, C::threads, size_t(C::shared_bytes(a.stage_columns)),
-                      stream, a);
+const char *run_typed(const Problem &p, Pass pass, void *stream, void *memory) {
+    const Workspace w(p, pass, memory);
+    if (const char *error = prepare_ranges(p, pass, w, stream)) return error;
+    return with_width(p, [&](auto width) {
+        constexpr int channels = decltype(width)::value;
+        return pass == Pass::forward ? run_forward<channels, T>(p, w, stream) : run_backward<channels, T>(p, w, stream);
     });
 }
 
-const char *run(const Problem &p, Pass, void *stream, void *workspace) {
-    return p.dtype == Dtype::float16 ? run_typed<float16>(p, stream, workspace) : run_typed<bfloat16>(p, stream, workspace);
+const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
+    return p.dtype == Dtype::float16 ? run_typed<float16>(p, pass, stream, workspace)
+                                     : run_typed<bfloat16>(p, pass, stream, workspace);
 }
 
 }  // namespace
