@@ -222,8 +222,10 @@ struct KeyPassWorker {
         w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
         w.k = arena.take<T>(plan.block_rows * w.k_row);
         w.v = arena.take<T>(plan.block_rows * w.v_row);
-        w.grad_k = arena.take<T>(plan.block_rows * w.k_row);
-        w.grad_v = arena.take<T>(plan.block_rows * w.v_row);
+        // Where query heads share keys, each head passes all tiles in turn, over the same packed rows.
+        const int64_t sums = w.problem.heads > w.problem.kv_heads ? tiles_in_strip(plan) : 1;
+        w.grad_k = arena.take<T>(sums * plan.block_rows * w.k_row);
+        w.grad_v = arena.take<T>(sums * plan.block_rows * w.v_row);
         w.s = arena.take<T>(plan.block_rows * w.s_row);
         w.dp = arena.take<T>(plan.block_rows * w.s_row);
         w.key_mask = arena.take<Mask>(plan.block_rows * V::lanes);
@@ -277,8 +279,6 @@ struct KeyPassWorker {
         for (int r = 0; r < block.rows; ++r) {
             pack_tile(problem.key, r, problem.channels, T(problem.scale * log2_e), k + r * k_row);
             pack_tile(problem.value, r, problem.value_channels, T(1), v + r * v_row);
-            for (int64_t c = 0; c < problem.channels; ++c) V::store(grad_k + r * k_row + c * V::lanes, reg{});
-            for (int64_t c = 0; c < problem.value_channels; ++c) V::store(grad_v + r * v_row + c * V::lanes, reg{});
             if (const Tensor &m = problem.key_mask; m.data) {
                 const uint8_t *attends = static_cast<const uint8_t *>(m.data) + offset(m, job, block, r, tile);
                 for (int l = 0; l < V::lanes; ++l)
@@ -316,27 +316,30 @@ struct KeyPassWorker {
         }
     }
 
-    void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {
+    // `head` is one of the query heads that share the job's keys; the sums over all of them stay in `index`.
+    void run_tile(const Job &job, int64_t head, const Block &block, const Chunk &all, const LaneTile &tile,
+                  int64_t index) {
+        T *sum_k = grad_k + index * plan.block_rows * k_row, *sum_v = grad_v + index * plan.block_rows * v_row;
+        const int64_t share = problem.heads / problem.kv_heads;
         load_keys(job, block, tile);
-        const int64_t group = problem.heads / problem.kv_heads;
-        for (int64_t head = job.head * group; head < (job.head + 1) * group; ++head) {
-            if (group > 1) slots.clear();
-            for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
-                const Chunk &chunk = chunks.now;
-                pack_chunk(job, head, chunk);
-                score_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, k, k_row, s, s_row,
-                               stream);
-                score_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, v, v_row, dp,
-                               s_row, stream);
-                differentiate_chunk(job, head, block, tile, chunk);
-                if (problem.grad_value.data)
-                    weigh_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, s, s_row,
-                                   grad_v, v_row);
-                if (problem.grad_key.data)
-                    weigh_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, dp, s_row, grad_k,
-                                   k_row);
-            }
+        if (head == job.head * share) {
+            for (int64_t i = 0; i < block.rows * k_row; i += V::lanes) V::store(sum_k + i, reg{});
+            for (int64_t i = 0; i < block.rows * v_row; i += V::lanes) V::store(sum_v + i, reg{});
         }
+        for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
+            const Chunk &chunk = chunks.now;
+            pack_chunk(job, head, chunk);
+            score_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, k, k_row, s, s_row, stream);
+            score_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, v, v_row, dp, s_row,
+                           stream);
+            differentiate_chunk(job, head, block, tile, chunk);
+            if (problem.grad_value.data)
+                weigh_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, s, s_row, sum_v,
+                               v_row);
+            if (problem.grad_key.data)
+                weigh_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, dp, s_row, sum_k, k_row);
+        }
+        if (head + 1 < (job.head + 1) * share) return;
         const auto store = [&](const Tensor &t, int r, int64_t channels, T factor, T *g) {
             if (!t.data) return;
             if (problem.key_mask.data) {
@@ -347,8 +350,8 @@ struct KeyPassWorker {
                          t.axis[2] * plan.lane_axis.key_period, t.channel);
         };
         for (int r = 0; r < block.rows; ++r) {
-            store(problem.grad_key, r, problem.channels, T(problem.scale), grad_k + r * k_row);
-            store(problem.grad_value, r, problem.value_channels, T(1), grad_v + r * v_row);
+            store(problem.grad_key, r, problem.channels, T(problem.scale), sum_k + r * k_row);
+            store(problem.grad_value, r, problem.value_channels, T(1), sum_v + r * v_row);
         }
     }
 
@@ -376,8 +379,12 @@ struct KeyPassWorker {
             const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
             const Chunk all = reach(plan, block, false);
             announce(job, block, all, end);
-            for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
-                if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
+            const int64_t share = problem.heads / problem.kv_heads;
+            for (int64_t head = job.head * share; head < (job.head + 1) * share; ++head) {
+                if (share > 1) slots.clear();
+                for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
+                    if (tiles[i].count > 0) run_tile(job, head, block, all, tiles[i], share > 1 ? i : 0);
+            }
         }
     }
 };
