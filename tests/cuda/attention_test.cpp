@@ -1,4 +1,4 @@
-// Every CUDA variant, run on the host by emulation, against brute force in float64 over random problems.
+// Every CUDA variant, run on the host by emulation or on a GPU, against brute force in float64 over random problems.
 //
 //     attention_test [problems] [seed] [only this variant]
 //
@@ -10,13 +10,14 @@
 #include <cstring>
 #include <map>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
 #include "brute_force.h"
-#include "cuda/emulation/machine.h"
 #include "scalar.h"
 #include "cuda/variant.h"
+#include "device_memory.h"
 #include "window.h"
 
 using namespace localattn;
@@ -61,7 +62,7 @@ public:
     int extent[6] = {1, 1, 1, 1, 1, 1};
     int64_t stride[6] = {};
     bool present = false;
-    std::vector<unsigned char> memory;
+    cuda::DeviceVector<unsigned char> memory;
     int64_t start = 0;
 
     int size_of_element() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
@@ -150,7 +151,7 @@ struct Trial {
     Problem problem;
     Stored query, key, value, bias, table, axis_bias[3], mask, output, lse, grad_output, grad_lse;
     Stored grad_query, grad_key, grad_value, grad_bias, grad_table, grad_axis_bias[3];
-    std::vector<unsigned char> mask_bytes;
+    cuda::DeviceVector<unsigned char> mask_bytes;
     brute_force::Results expected;
 };
 
@@ -328,12 +329,13 @@ void expect(const Trial &t, const char *variant, unsigned seed, const char *what
 }
 
 void run_pass(const cuda::Variant &variant, Trial &t, Pass pass, unsigned seed) {
-    std::vector<double> workspace(variant.workspace(t.problem, pass) / 8 + 1, NAN);
+    cuda::DeviceVector<double> workspace(variant.workspace(t.problem, pass) / 8 + 1, NAN);
     try {
         const char *error = variant.run(t.problem, pass, nullptr, workspace.data());
+        if (!error) error = cuda::finish();
         if (!error) return;
         std::printf("FAIL %s: %s, seed %u: %s\n", variant.name, error, seed, describe(t).c_str());
-    } catch (const gpu::emulation::Misuse &misuse) {
+    } catch (const std::runtime_error &misuse) {  // the emulation saw it
         std::printf("FAIL %s: %s, seed %u: %s\n", variant.name, misuse.what(), seed, describe(t).c_str());
     }
     failures++;
@@ -395,7 +397,7 @@ int main(int argc, char **argv) {
     const int problems = argc > 1 ? std::atoi(argv[1]) : 200;
     const unsigned first_seed = argc > 2 ? unsigned(std::strtoul(argv[2], nullptr, 10)) : 1;
     const char *only = argc > 3 ? argv[3] : nullptr;
-    const cuda::Device device{90, 227 << 10};
+    const cuda::Device device = cuda::test_device();
     std::map<std::string, int> taken;
     std::printf("%d problems from seed %u\n", problems, first_seed);
     for (int i = 0; i < problems; i++) {
@@ -406,6 +408,7 @@ int main(int argc, char **argv) {
         for (int32_t v = 0; v < cuda::variant_count; v++) {
             const cuda::Variant &variant = *cuda::variants[v];
             if (only && std::strcmp(only, variant.name) != 0) continue;
+            if (device.capability < variant.capability) continue;
             const bool forward = !variant.declines(trial.problem, Pass::forward, device);
             const bool backward = !variant.declines(trial.problem, Pass::backward, device);
             taken[std::string(variant.name) + " forward"] += forward;

@@ -1,0 +1,10 @@
+# Fails unless the programs HOST and DEVICE succeed and print the same.
+foreach(side HOST DEVICE)
+    execute_process(COMMAND ${${side}} OUTPUT_VARIABLE output_${side} RESULT_VARIABLE result)
+    if(NOT result EQUAL 0)
+        message(FATAL_ERROR "${side}: exit status ${result}\n${output_${side}}")
+    endif()
+endforeach()
+if(NOT output_HOST STREQUAL output_DEVICE)
+    message(FATAL_ERROR "the outputs differ\nhost:\n${output_HOST}\ndevice:\n${output_DEVICE}")
+endif()
