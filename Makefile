@@ -69,7 +69,7 @@ wheel: $(TOOLS)  ## dist/*.whl for this machine's Python packages, repaired for 
 
 docs: install  ## the documentation as a site, warnings as errors
 	$(INSTALL) --group docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.lint  ## formatting and static checks
 	$(BIN)/ruff check .

@@ -93,9 +93,9 @@ class Block(nn.Module):
         side_dwconv: kernel size of the depthwise convolution beside attention; odd, 0 for none.
         before_attn_dwconv: kernel size of the position convolution; odd, 0 for none.
         pre_norm: normalise before the branches (True) or after the sums.
-        num_heads, n_win, qk_dim, qk_scale, kv_per_win, kv_downsample_ratio, kv_downsample_kernel, kv_downsample_mode,
-        param_attention, param_routing, diff_routing, soft_routing, auto_pad: as in :class:`BiLevelRoutingAttention`,
-            for ``topk`` above 0.
+        num_heads, n_win, qk_dim, qk_scale, auto_pad: as in :class:`BiLevelRoutingAttention`, for ``topk`` above 0.
+        kv_per_win, kv_downsample_ratio, kv_downsample_kernel, kv_downsample_mode: likewise.
+        param_attention, param_routing, diff_routing, soft_routing: likewise.
 
     Shape:
         ``(B, dim, H, W)`` to the same.

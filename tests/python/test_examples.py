@@ -1,4 +1,4 @@
-"""Every example of README.md, as it stands there."""
+"""Every example of README.md and of the documentation, as it stands there."""
 
 from __future__ import annotations
 
@@ -14,20 +14,29 @@ import torch
 
 import localattn
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def commands(*arguments: str | Path) -> str:
     return subprocess.run([*map(str, arguments)], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("example", blocks("python"), ids=lambda text: text.splitlines()[1])
-def test_python(example: str) -> None:
-    exec(compile(example, "README.md", "exec"), {})
+@pytest.mark.parametrize(
+    ("page", "example"),
+    [
+        pytest.param(page, text, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, text in enumerate(blocks("python", page.read_text()), 1)
+    ],
+)
+def test_python(page: Path, example: str) -> None:
+    exec(compile(example, str(page), "exec"), {})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +70,7 @@ def test_c_compiles_without_cmake(tmp_path: Path) -> None:
 
 
 def test_make_targets_exist() -> None:
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     named = set(re.findall(r"^\$ make ([a-z-]+)", "\n".join(blocks("console")), flags=re.MULTILINE))
     named |= set(re.findall(r"`make ([a-z-]+)", README))
