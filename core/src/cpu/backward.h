@@ -171,17 +171,14 @@ struct QueryPassWorker {
         rows(problem.output, true, job.head, problem.value_channels);
     }
 
-    void run(const Job &job) {
-        if (tiles_strip != job.strip) build_tiles(plan, tiles_strip = job.strip, tiles);
-        ring.slots.clear();
-        const int64_t end = plan.segment[job.segment + 1];
-        for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
-            const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
-            const Chunk all = reach(plan, block, bias_gradients.any());
-            announce(job, block, all, end);
-            for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
-                if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
-        }
+    const RingSlots &packed_rows() const { return ring.slots; }
+
+    // `end`: where the job's rows end.
+    void run_block(const Job &job, const Block &block, int64_t end) {
+        const Chunk all = reach(plan, block, bias_gradients.any());
+        announce(job, block, all, end);
+        for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
+            if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
     }
 };
 
@@ -371,20 +368,17 @@ struct KeyPassWorker {
         rows(problem.value, true, problem.value_channels);
     }
 
-    void run(const Job &job) {
-        if (tiles_strip != job.strip) build_tiles(plan, tiles_strip = job.strip, tiles);
-        slots.clear();
-        const int64_t end = plan.segment[job.segment + 1];
-        for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
-            const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
-            const Chunk all = reach(plan, block, false);
-            announce(job, block, all, end);
-            const int64_t share = problem.heads / problem.kv_heads;
-            for (int64_t head = job.head * share; head < (job.head + 1) * share; ++head) {
-                if (share > 1) slots.clear();
-                for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
-                    if (tiles[i].count > 0) run_tile(job, head, block, all, tiles[i], share > 1 ? i : 0);
-            }
+    const RingSlots &packed_rows() const { return slots; }
+
+    // `end`: where the job's rows end.
+    void run_block(const Job &job, const Block &block, int64_t end) {
+        const Chunk all = reach(plan, block, false);
+        announce(job, block, all, end);
+        const int64_t share = problem.heads / problem.kv_heads;
+        for (int64_t head = job.head * share; head < (job.head + 1) * share; ++head) {
+            if (share > 1) slots.clear();
+            for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
+                if (tiles[i].count > 0) run_tile(job, head, block, all, tiles[i], share > 1 ? i : 0);
         }
     }
 };

@@ -41,39 +41,57 @@ template <class V, class Element>
 static void add_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row, typename V::T factor,
                      typename V::T *s) {
     using T = typename V::T;
+    using reg = typename V::reg;
     const Problem &p = *plan.problem;
     const LanePattern &pattern = *tile.pattern;
     const int64_t entries = (row.entry0 * p.axis[1].kernel + row.entry1) * p.axis[2].kernel;
-    const Element *bias = static_cast<const Element *>(p.bias.data);
     const Element *table = static_cast<const Element *>(p.rel_pos_bias.data);
-    const Element *axis_bias[3];
-    for (int i = 0; i < 3; ++i) {
-        axis_bias[i] = static_cast<const Element *>(p.axis_bias[i].data);
-        if (axis_bias[i]) axis_bias[i] += query_offset(p.axis_bias[i], row);
-    }
-    if (axis_bias[0]) axis_bias[0] += row.entry0 * p.axis_bias[0].channel;
-    if (axis_bias[1]) axis_bias[1] += row.entry1 * p.axis_bias[1].channel;
-    if (bias) bias += query_offset(p.bias, row) + entries * p.bias.channel;
     if (table) table += table_offset(p.rel_pos_bias, row);
 
+    // The other biases, by their steps from query to query and from entry to entry along axis 2.
+    struct Term {
+        const Element *data;
+        int64_t query, entry;
+    };
+    Term terms[4];
+    int count = 0;
+    const auto term = [&](const Tensor &t, int64_t offset, int64_t entry) {
+        if (!t.data) return;
+        const Element *data = static_cast<const Element *>(t.data) + query_offset(t, row) + offset;
+        terms[count++] = {data + tile.query * t.axis[2], t.axis[2], entry};
+    };
+    term(p.axis_bias[0], row.entry0 * p.axis_bias[0].channel, 0);
+    term(p.axis_bias[1], row.entry1 * p.axis_bias[1].channel, 0);
+    term(p.axis_bias[2], 0, p.axis_bias[2].channel);
+    term(p.bias, entries * p.bias.channel, p.bias.channel);
+
+    const reg f = V::all(factor);
+    const int64_t period = plan.lane_axis.query_period;
     for (int slot = 0; slot < pattern.slots; ++slot) {
-        alignas(64) T sum[V::lanes];
-        const T shared = table ? load_as<T>(table + pattern.relative[slot] * p.rel_pos_bias.axis[2]) : T(0);
-        for (int l = 0; l < V::lanes; ++l) {
-            const int64_t u = pattern.entry[slot * V::lanes + l];
-            const int64_t q = tile.query + pattern.query[slot] + plan.lane_axis.query_period * l;
-            T value = shared;
-            if (u >= 0) {
-                if (bias) value += load_as<T>(bias + q * p.bias.axis[2] + u * p.bias.channel);
-                for (int i = 0; i < 3; ++i) {
-                    if (axis_bias[i])
-                        value += load_as<T>(axis_bias[i] + q * p.axis_bias[i].axis[2] +
-                                            (i == 2 ? u * p.axis_bias[2].channel : 0));
+        const int32_t *entry = pattern.entry + slot * V::lanes;
+        reg sum = V::all(table ? load_as<T>(table + pattern.relative[slot] * p.rel_pos_bias.axis[2]) : T(0));
+        for (int i = 0; i < count; ++i) {
+            const Term &t = terms[i];
+            const Element *data = t.data + pattern.query[slot] * t.query;
+            const int64_t step = t.query * period;
+            if (pattern.uniform) {
+                data += entry[0] * t.entry;
+                if (step == 0) {
+                    sum += V::all(load_as<T>(data));
+                    continue;
                 }
+                alignas(64) T value[V::lanes];
+                LOCALATTN_UNROLL
+                for (int l = 0; l < V::lanes; ++l) value[l] = load_as<T>(data + l * step);
+                sum += V::load(value);
+            } else {
+                alignas(64) T value[V::lanes];
+                for (int l = 0; l < V::lanes; ++l)
+                    value[l] = entry[l] >= 0 ? load_as<T>(data + l * step + entry[l] * t.entry) : T(0);
+                sum += V::load(value);
             }
-            sum[l] = value;
         }
-        V::store(s + slot * V::lanes, V::load(s + slot * V::lanes) + factor * V::load(sum));
+        V::store(s + slot * V::lanes, V::load(s + slot * V::lanes) + f * sum);
     }
 }
 
@@ -96,18 +114,29 @@ static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const Bia
     if (axis[0]) axis[0] += row.entry0 * out.axis[0].channel;
     if (axis[1]) axis[1] += row.entry1 * out.axis[1].channel;
 
+    // Pairs that do not exist have ds = 0, so that a slot's lanes can be summed without asking which do.
+    const int64_t period = plan.lane_axis.query_period;
     for (int slot = 0; slot < pattern.slots; ++slot) {
-        for (int l = 0; l < tile.count; ++l) {
-            const int64_t u = pattern.entry[slot * V::lanes + l];
-            if (u < 0) continue;
-            const int64_t q = tile.query + pattern.query[slot] + plan.lane_axis.query_period * l;
-            const T g = ds[slot * V::lanes + l];
-            if (bias) bias[q * out.bias.axis[2] + u * out.bias.channel] += g;
-            if (table) table[pattern.relative[slot] * out.table.axis[2]] += g;
-            for (int i = 0; i < 3; ++i) {
-                if (axis[i]) axis[i][q * out.axis[i].axis[2] + (i == 2 ? u * out.axis[2].channel : 0)] += g;
+        const T *g = ds + slot * V::lanes;
+        const int32_t *entry = pattern.entry + slot * V::lanes;
+        T total = 0;
+        for (int l = 0; l < tile.count; ++l) total += g[l];
+        if (table) table[pattern.relative[slot] * out.table.axis[2]] += total;
+        const auto add = [&](T *to, const Tensor &t, int64_t step_entry) __attribute__((always_inline)) {
+            if (!to) return;
+            T *at = to + (tile.query + pattern.query[slot]) * t.axis[2];
+            const int64_t step = period * t.axis[2];
+            if (step == 0 && (pattern.uniform || step_entry == 0)) {
+                at[entry[0] * step_entry] += total;
+                return;
             }
-        }
+            for (int l = 0; l < tile.count; ++l)
+                if (entry[l] >= 0) at[l * step + entry[l] * step_entry] += g[l];
+        };
+        add(bias, out.bias, out.bias.channel);
+        add(axis[0], out.axis[0], 0);
+        add(axis[1], out.axis[1], 0);
+        add(axis[2], out.axis[2], out.axis[2].channel);
     }
 }
 

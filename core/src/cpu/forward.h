@@ -196,17 +196,14 @@ struct ForwardWorker {
         rows(problem.query, true, job.head, problem.channels);
     }
 
-    void run(const Job &job) {
-        if (tiles_strip != job.strip) build_tiles(plan, tiles_strip = job.strip, tiles);
-        ring.slots.clear();
-        const int64_t end = plan.segment[job.segment + 1];
-        for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows) {
-            const Block block{job.row0, row, static_cast<int>(least(plan.block_rows, end - row))};
-            const Chunk all = reach(plan, block, true);
-            announce(job, block, all, end);
-            for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
-                if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
-        }
+    const RingSlots &packed_rows() const { return ring.slots; }
+
+    // `end`: where the job's rows end.
+    void run_block(const Job &job, const Block &block, int64_t end) {
+        const Chunk all = reach(plan, block, true);
+        announce(job, block, all, end);
+        for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
+            if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
     }
 };
 

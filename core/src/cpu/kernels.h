@@ -59,7 +59,7 @@ static void work(void *argument, int32_t index) {
         if (group >= pass.groups) return;
         set_bias_gradients(worker, pass.bias_groups, group);
         for (int64_t j = jobs * group / pass.groups; j < jobs * (group + 1) / pass.groups; ++j)
-            worker.run(job_of(*pass.plan, j));
+            run_job(worker, job_of(*pass.plan, j));
     }
 }
 

@@ -180,7 +180,9 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const Axis &axis1 = problem.axis[1];
     const bool from_queries = a == Side::query;
     const int64_t chain1 = from_queries ? plan.axis1.longest_query_chain : plan.axis1.longest_key_chain;
-    plan.block_rows = static_cast<int>(std::min<int64_t>(options.block_rows, chain1));
+    // Blocks of equal height: 14 rows are 5 + 5 + 4, not 6 + 6 + 2.
+    plan.block_rows = static_cast<int>(ceil_div(chain1, ceil_div(chain1, options.block_rows)));
+    plan.sweeps = problem.axis[0].kernel > 1 && plan.rows0().count > 1;
     const int64_t span0 = span_of(problem.axis[0], a, plan.axis0, 1);
     const int64_t span1 = span_of(axis1, a, plan.axis1, plan.block_rows);
 
@@ -227,11 +229,12 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const RowAxis &rows = plan.axis1;
     const int64_t rows_a = from_queries ? rows.query.count : rows.key.count;
     plan.a_heads = from_queries ? problem.heads : problem.kv_heads;
-    const int64_t others = problem.batch * plan.a_heads * plan.rows0().count * plan.strips * rows.classes;
+    const int64_t planes = plan.sweeps ? 1 : plan.rows0().count;
+    const int64_t others = problem.batch * plan.a_heads * planes * plan.strips * rows.classes;
     const int64_t shortest = std::max<int64_t>(plan.block_rows, span1 + span1 / 2 - plan.block_rows);
     int64_t parts = 1;
     while (others * parts < 4 * options.workers && chain1 / (parts + 1) >= shortest) ++parts;
-    int64_t length = std::max<int64_t>(1, ceil_div(chain1, parts));
+    int64_t length = plan.sweeps ? plan.block_rows : std::max<int64_t>(1, ceil_div(chain1, parts));
     length = ceil_div(length, plan.block_rows) * plan.block_rows;
     const int64_t most_segments = rows_a / length + rows.classes;
     plan.segment = arena.take<int64_t>(most_segments + 1);
@@ -241,7 +244,7 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
         for (int64_t g = 0; g < rows.classes; ++g)
             for (int64_t row = chain[g]; row < chain[g + 1]; row += length) plan.segment[plan.segments++] = row;
         plan.segment[plan.segments] = rows_a;
-        plan.jobs = problem.batch * plan.a_heads * plan.rows0().count * plan.strips * plan.segments;
+        plan.jobs = problem.batch * plan.a_heads * planes * plan.strips * plan.segments;
     }
     return plan;
 }
@@ -252,8 +255,13 @@ Job job_of(const Plan &plan, int64_t index) {
     index /= plan.segments;
     job.head = index % plan.a_heads;
     index /= plan.a_heads;
-    job.row0 = index % plan.rows0().count;
-    index /= plan.rows0().count;
+    job.row0_begin = 0;
+    job.row0_end = plan.rows0().count;
+    if (!plan.sweeps) {
+        job.row0_begin = index % plan.rows0().count;
+        job.row0_end = job.row0_begin + 1;
+        index /= plan.rows0().count;
+    }
     job.batch = index % plan.problem->batch;
     job.strip = index / plan.problem->batch;
     return job;
@@ -332,6 +340,8 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
         }
     }
     if (!any) return;
+    for (int l = 0; l < plan.lanes; ++l)
+        pattern.uniform &= pattern.entry[cell + l] >= 0 && pattern.entry[cell + l] == pattern.entry[cell];
     const int64_t column = b_phase * plan.phase_stride + offset;
     pattern.column[pattern.slots] = column;
     pattern.query[pattern.slots] =
@@ -379,6 +389,7 @@ void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
             tile.pattern = &tile.own;
             tile.own.slots = tile.own.runs = 0;
             tile.own.masks_scores = tile.own.masks_values = false;
+            tile.own.uniform = true;
             for (int64_t b_phase = 0; b_phase < lane.period(b); ++b_phase)
                 for (int64_t offset = lane.lowest_offset(a); offset <= lane.highest_offset(a); ++offset)
                     add_slot(plan, b_phase, offset, tile);

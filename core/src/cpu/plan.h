@@ -85,6 +85,7 @@ struct LanePattern {
     int32_t slots, runs;
     bool masks_scores;  // some lane lacks some slot
     bool masks_values;  // and that slot holds a real element there
+    bool uniform;       // every slot is the same entry in all lanes, and all lanes exist
     LaneRun *run;
     int64_t *column;      // [slots] packed position of lane 0, less LaneTile::column
     int64_t *query;       // [slots] query position of lane 0, less LaneTile::query; lane l is at + query_period * l
@@ -120,6 +121,9 @@ struct Plan {
     int64_t chunk_rows = 0;        // rows of B per chunk of scores
     bool chunked = false;          // one block's rows do not all fit a chunk
 
+    // With a window along axis 0, a job goes through all of axis 0 for one block of rows, so that the packed rows of
+    // neighbouring planes are there already; without, through a segment of rows for one plane.
+    bool sweeps = false;
     int64_t segments = 0;
     int64_t *segment = nullptr;  // [segments + 1] of A's list along axis 1; none spans two classes
     int64_t a_heads = 0;         // heads a job is about: query heads, or kv heads when A = key
@@ -133,7 +137,8 @@ struct Plan {
 };
 
 struct Job {
-    int64_t batch, head, row0, segment, strip;
+    int64_t batch, head, segment, strip;
+    int64_t row0_begin, row0_end;  // of A's list along axis 0
 };
 
 struct PlanOptions {

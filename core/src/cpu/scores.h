@@ -144,4 +144,16 @@ LOCALATTN_INLINE void stream_rows(const Plan &plan, int64_t element_size, const 
     }
 }
 
+// What all passes do with a job: block by block of A's rows, each for all tiles of the strip.
+template <class Worker>
+LOCALATTN_INLINE void run_job(Worker &worker, const Job &job) {
+    const Plan &plan = worker.plan;
+    if (worker.tiles_strip != job.strip) build_tiles(plan, worker.tiles_strip = job.strip, worker.tiles);
+    worker.packed_rows().clear();
+    const int64_t end = plan.segment[job.segment + 1];
+    for (int64_t row0 = job.row0_begin; row0 < job.row0_end; ++row0)
+        for (int64_t row = plan.segment[job.segment]; row < end; row += plan.block_rows)
+            worker.run_block(job, {row0, row, static_cast<int>(least(plan.block_rows, end - row))}, end);
+}
+
 }  // namespace localattn::cpu
