@@ -6,6 +6,7 @@
 
 #include "build.h"
 #include "cpu_features.h"
+#include "cuda/device_calls.h"
 #include "dispatch.h"
 #include "empty.h"
 #include "error.h"
@@ -56,6 +57,7 @@ struct Free {
 void attention(const localattn_context *given_context, const localattn_attention_params *params, Pass pass) {
     const localattn_context context = checked_context(given_context);
     const Problem problem = make_problem(checked_params(params, pass, Data::used));
+    if (context.device_type == LOCALATTN_CUDA) return cuda::attention(problem, pass, context);
     Report unread;
     const Variant &variant = choose_variant(problem, pass, context.variant, unread);
     const Workers workers = workers_for(context, problem);
@@ -95,6 +97,10 @@ localattn_status localattn_attention_workspace_size(const localattn_context *giv
         const Pass pass = checked_pass(given_pass);
         const localattn_context context = checked_context(given_context);
         const Problem problem = make_problem(checked_params(params, pass, Data::described));
+        if (context.device_type == LOCALATTN_CUDA) {
+            *size = cuda::workspace_size(problem, pass, context);
+            return;
+        }
         Report unread;
         const Variant &variant = choose_variant(problem, pass, context.variant, unread);
         *size = needed_workspace(variant, problem, pass, workers_for(context, problem));
@@ -109,26 +115,38 @@ localattn_status localattn_attention_variant(const localattn_context *given_cont
         const localattn_context context = checked_context(given_context);
         const Problem problem = make_problem(checked_params(params, pass, Data::described));
         Report report{report_text, report_size};
-        const Variant &variant = choose_variant(problem, pass, context.variant, report);
-        if (name) *name = variant.name;
+        const char *chosen = context.device_type == LOCALATTN_CUDA
+                                 ? cuda::choose_variant(problem, pass, context, report).name
+                                 : choose_variant(problem, pass, context.variant, report).name;
+        if (name) *name = chosen;
     });
 }
 
-int32_t localattn_variant_count(void) { return variant_count(); }
+int32_t localattn_variant_count(void) { return variant_count() + cuda::listed_variant_count(); }
 
 localattn_status localattn_get_variant_info(int32_t index, localattn_variant_info *info) {
     return guarded([&] {
-        if (index < 0 || index >= variant_count()) {
-            fail(LOCALATTN_INVALID_ARGUMENT, "index is %d, but must be from 0 to %d", index, variant_count() - 1);
+        const int32_t count = localattn_variant_count();
+        if (index < 0 || index >= count) {
+            fail(LOCALATTN_INVALID_ARGUMENT, "index is %d, but must be from 0 to %d", index, count - 1);
         }
         if (!info) fail(LOCALATTN_INVALID_ARGUMENT, "info is NULL, but must point to a struct");
         if (info->struct_size < sizeof info->struct_size) {
             fail(LOCALATTN_INVALID_ARGUMENT, "info->struct_size is %zu, but must be the size of the struct, %zu here",
                  info->struct_size, sizeof *info);
         }
-        const Variant &variant = variant_at(index);
-        const localattn_variant_info filled{info->struct_size, variant.name, variant.description,
-                                            missing_cpu_feature(variant.cpu_features)};
+        localattn_variant_info filled{info->struct_size, nullptr, nullptr, nullptr};
+        if (index < variant_count()) {
+            const Variant &variant = variant_at(index);
+            filled.name = variant.name;
+            filled.description = variant.description;
+            filled.unavailable = missing_cpu_feature(variant.cpu_features);
+        } else {  // of CUDA, after those of the CPU
+            const cuda::Variant &variant = cuda::listed_variant(index - variant_count());
+            filled.name = variant.name;
+            filled.description = variant.description;
+            filled.unavailable = cuda::unavailable(variant);
+        }
         std::memcpy(info, &filled, info->struct_size < sizeof filled ? info->struct_size : sizeof filled);
     });
 }

@@ -259,9 +259,6 @@ localattn_context checked_context(const localattn_context *given) {
     if (!given) return {};
     const localattn_context context = copied(given, "context");
     check_range("context.device_type", context.device_type, LOCALATTN_CPU, LOCALATTN_CUDA);
-    if (context.device_type == LOCALATTN_CUDA) {
-        fail(LOCALATTN_UNSUPPORTED, "context.device_type is 1 (CUDA), but this library is built for the CPU (0) alone");
-    }
     if (const localattn_executor *executor = context.executor) {
         check_range("context.executor->num_workers", executor->num_workers, 1, INT32_MAX);
         if (!executor->run) fail(LOCALATTN_INVALID_ARGUMENT, "context.executor->run is NULL, but must be a function");

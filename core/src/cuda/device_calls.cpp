@@ -6,11 +6,14 @@
 #include <string>
 
 #include "../error.h"
+#include "../validate.h"
 #include "module.h"
 
 namespace localattn::cuda {
 
 namespace {
+
+constexpr const char *low_capability = "the device's compute capability is too low";
 
 struct Opened {
     const Module *module = nullptr;
@@ -20,7 +23,7 @@ struct Opened {
 // The folder that the code calling this was loaded from, with its slash; "" if the loader does not say.
 std::string own_folder() {
     Dl_info info;
-    if (!dladdr(reinterpret_cast<const void *>(&unavailable), &info) || !info.dli_fname) return "";
+    if (!dladdr(reinterpret_cast<const void *>(&listed_variant_count), &info) || !info.dli_fname) return "";
     const std::string path = info.dli_fname;
     const size_t slash = path.rfind('/');
     return slash == std::string::npos ? "" : path.substr(0, slash + 1);
@@ -28,7 +31,12 @@ std::string own_folder() {
 
 Opened open_module() {
     Opened opened;
-#if LOCALATTN_HAS_CUDA
+    if (!LOCALATTN_HAS_CUDA) {
+        opened.problem =
+            "this localattn was built for the CPU alone; install a localattn package for CUDA (localattn-cu130, -cu128, "
+            "-cu126, -cu124 or -cu121), or build with -DLOCALATTN_CUDA=ON";
+        return opened;
+    }
     void *library = dlopen((own_folder() + module_file).c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         opened.problem = std::string(module_file) + ", which belongs beside liblocalattn, could not be opened: " + dlerror();
@@ -36,16 +44,11 @@ Opened open_module() {
     }
     const auto entry = reinterpret_cast<const Module *(*)()>(dlsym(library, module_symbol));
     const Module *module = entry ? entry() : nullptr;
-    if (!module || module->interface != module_interface) {
+    if (module && module->interface == module_interface) {
+        opened.module = module;
+    } else {
         opened.problem = std::string(module_file) + " comes from another build of localattn; install both from one";
-        return opened;
     }
-    opened.module = module;
-#else
-    opened.problem =
-        "this localattn was built for the CPU alone; install a localattn package for CUDA (localattn-cu130, -cu128, -cu126, "
-        "-cu124 or -cu121), or build with -DLOCALATTN_CUDA=ON";
-#endif
     return opened;
 }
 
@@ -61,23 +64,36 @@ const Module &module() {
 
 // Why the variant will not serve the problem on the device, or NULL.
 const char *declines(const Variant &variant, const Problem &problem, Pass pass, const Device &device) {
-    if (device.capability < variant.capability) return "the device's compute capability is too low";
+    if (device.capability < variant.capability) return low_capability;
     return variant.declines(problem, pass, device);
 }
 
 }  // namespace
 
-const char *unavailable() { return opened().module ? nullptr : opened().problem.c_str(); }
-
 int32_t listed_variant_count() { return opened().module ? opened().module->variant_count : 0; }
 
 const Variant &listed_variant(int32_t index) { return *module().variants[index]; }
 
-const Variant &choose_variant(const Problem &problem, Pass pass, int32_t device_index, const char *forced, Report &report) {
+const char *unavailable(const Variant &variant) {
+    struct First {
+        Device device;
+        std::string problem;
+        First() {
+            if (const char *wrong = module().open_device(0, &device)) problem = wrong;
+        }
+    };
+    static const First first;
+    if (!first.problem.empty()) return first.problem.c_str();
+    return first.device.capability < variant.capability ? low_capability : nullptr;
+}
+
+const Variant &choose_variant(const Problem &problem, Pass pass, const localattn_context &context, Report &report) {
+    if (report.text && report.size) *report.text = '\0';
     const Module &m = module();
     Device device;
-    if (const char *wrong = m.open_device(device_index, &device))
-        fail(LOCALATTN_DEVICE_ERROR, "context.device_index is %d, but %s", device_index, wrong);
+    if (const char *wrong = m.open_device(context.device_index, &device))
+        fail(LOCALATTN_DEVICE_ERROR, "context.device_index is %d, but %s", context.device_index, wrong);
+    const char *forced = context.variant;
     const bool is_forced = forced && *forced;
     std::string names;
     for (int32_t i = 0; i < m.variant_count; ++i) {
@@ -95,13 +111,19 @@ const Variant &choose_variant(const Problem &problem, Pass pass, int32_t device_
     fail(LOCALATTN_UNSUPPORTED, "no CUDA variant built into this library takes the problem");
 }
 
-void run(const Variant &variant, const Problem &problem, Pass pass, const localattn_context &context) {
-    const Module &m = module();
+size_t workspace_size(const Problem &problem, Pass pass, const localattn_context &context) {
+    Report unread;
+    return choose_variant(problem, pass, context, unread).workspace(problem, pass);
+}
+
+void attention(const Problem &problem, Pass pass, const localattn_context &context) {
+    Report unread;
+    const Variant &variant = choose_variant(problem, pass, context, unread);
     const size_t needed = variant.workspace(problem, pass);
     if (needed && !context.workspace)
         fail(LOCALATTN_WORKSPACE_TOO_SMALL, "context.workspace is NULL, but a CUDA call needs %zu bytes of device memory", needed);
-    if (context.workspace && context.workspace_size < needed)
-        fail(LOCALATTN_WORKSPACE_TOO_SMALL, "context.workspace_size is %zu, but this call needs %zu", context.workspace_size, needed);
+    check_workspace(context, needed);
+    const Module &m = module();
     int32_t previous = 0, ignored = 0;
     const char *wrong = m.make_current(context.device_index, &previous);
     if (!wrong) {

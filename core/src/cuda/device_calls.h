@@ -8,17 +8,18 @@
 
 namespace localattn::cuda {
 
-// NULL, or why no CUDA call can work here: not built in, library missing. The driver is not asked.
-const char *unavailable();
-
-// The CUDA variants, best first; none if unavailable.
+// The CUDA variants, best first; none if CUDA is not built in or its library is missing. The driver is not asked.
 int32_t listed_variant_count();
 const Variant &listed_variant(int32_t index);
+// NULL, or why device 0 cannot run the variant. As it was when first asked; lives as long as the library.
+const char *unavailable(const Variant &variant);
 
-// As choose_variant for the CPU: the first that the device can run and that takes the problem; `forced` must.
-const Variant &choose_variant(const Problem &problem, Pass pass, int32_t device_index, const char *forced, Report &report);
+// As choose_variant for the CPU: the first that the context's device can run and that takes the problem; a forced one must.
+const Variant &choose_variant(const Problem &problem, Pass pass, const localattn_context &context, Report &report);
 
-// On the context's device and stream. The workspace is device memory of at least variant.workspace(problem, pass) bytes.
-void run(const Variant &variant, const Problem &problem, Pass pass, const localattn_context &context);
+size_t workspace_size(const Problem &problem, Pass pass, const localattn_context &context);
+
+// On the context's device and stream, with the context's workspace, which is device memory. Extents may be zero.
+void attention(const Problem &problem, Pass pass, const localattn_context &context);
 
 }  // namespace localattn::cuda
