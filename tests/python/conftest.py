@@ -1,10 +1,15 @@
 """What the tests share: kernel variants, NaN-poisoned results, hypothesis settings."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
 
 from localattn import _library
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores; tests of threads choose their own number
 
 hypothesis.settings.register_profile(
     "localattn",
