@@ -6,6 +6,9 @@
 function(localattn_cpu_variant file)
     get_filename_component(name ${file} NAME_WE)
     target_sources(localattn_objects PRIVATE ${file})
-    set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${ARGN}")
+    # Without optimisation inline functions would stay behind as weak symbols, compiled for this instruction set, of which
+    # the linker keeps one copy for all.
+    set(optimised $<$<OR:$<CONFIG:Debug>,$<STREQUAL:$<CONFIG>,>>:-O1>)
+    set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${ARGN};${optimised}")
     set_property(TARGET localattn_objects APPEND PROPERTY LOCALATTN_CPU_VARIANTS ${name})
 endfunction()

@@ -38,8 +38,17 @@ localattn_status guarded(Body body) noexcept {
     }
 }
 
-Pass checked_pass(localattn_pass pass) {
-    const int value = pass;
+// What a C caller passes for an enum may be no value of it, which C++ must not even look at as one.
+template <class Enum>
+int32_t number_of(const Enum &value) {
+    static_assert(sizeof(Enum) == sizeof(int32_t), "as the header has it");
+    int32_t number;
+    std::memcpy(&number, &value, sizeof number);
+    return number;
+}
+
+Pass checked_pass(const localattn_pass &pass) {
+    const int32_t value = number_of(pass);
     if (value != LOCALATTN_FORWARD && value != LOCALATTN_BACKWARD) {
         fail(LOCALATTN_INVALID_ARGUMENT, "pass is %d, but must be 0 (forward) or 1 (backward)", value);
     }
@@ -164,7 +173,7 @@ const char *localattn_build_info(void) { return LOCALATTN_BUILD_INFO; }
 const char *localattn_last_error(void) { return last_error(); }
 
 const char *localattn_status_name(localattn_status status) {
-    switch (status) {
+    switch (number_of(status)) {
         case LOCALATTN_OK:
             return "LOCALATTN_OK";
         case LOCALATTN_INVALID_ARGUMENT:

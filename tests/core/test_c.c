@@ -142,6 +142,12 @@ int main(void) {
     EXPECT(name != NULL);
     EXPECT(localattn_attention_workspace_size(&context, &p, LOCALATTN_BACKWARD, &workspace) == LOCALATTN_OK);
 
+    /* Values that are none of the enum's, which only C may pass. */
+    EXPECT(localattn_attention_workspace_size(&context, &p, (localattn_pass)2, &workspace) ==
+           LOCALATTN_INVALID_ARGUMENT);
+    EXPECT(strstr(localattn_last_error(), "pass is 2") != NULL);
+    EXPECT(strcmp(localattn_status_name((localattn_status)99), "unknown localattn_status") == 0);
+
     p.kernel_size[1] = 0;
     EXPECT(localattn_attention_forward(NULL, &p) == LOCALATTN_INVALID_ARGUMENT);
     EXPECT(strstr(localattn_last_error(), "kernel_size[1] is 0") != NULL);
