@@ -14,6 +14,12 @@
 
 namespace localattn::cuda {
 
+#if LOCALATTN_ON_GPU
+constexpr bool on_gpu = true;
+#else
+constexpr bool on_gpu = false;
+#endif
+
 template <class T>
 struct DeviceAllocator {
     using value_type = T;
