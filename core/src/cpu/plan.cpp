@@ -82,8 +82,9 @@ LaneAxis make_lane_axis(const Axis &axis) {
     lane.axis = axis;
     const int64_t common = std::gcd(axis.queries, axis.keys);
     const int64_t p = axis.queries / common, q = axis.keys / common;
-    const int64_t step = std::lcm(q, axis.dilation * axis.stride);
-    // A period beyond the extent means one lane: the same as any longer one.
+    // A period of the extent means one lane, as would any longer one, whose product might not fit.
+    const int64_t step =
+        axis.dilation * axis.stride >= axis.keys ? axis.keys : std::lcm(q, axis.dilation * axis.stride);
     if (step >= axis.keys) {
         lane.key_period = axis.keys;
         lane.query_period = axis.queries;
@@ -97,12 +98,21 @@ LaneAxis make_lane_axis(const Axis &axis) {
         const int64_t start = leader - (axis.causal ? axis.kernel - 1 : axis.kernel / 2);
         return start == w.start && start >= 0 && (axis.causal || start + axis.kernel <= w.length);
     };
+    // Away from the ends one period is like the next, so that the ends and one period between them tell all.
+    const int64_t entries = axis.kernel + axis.stride + 2;
+    int64_t end = axis.queries;
+    if (entries < axis.keys / axis.dilation)
+        end = ceil_div(entries * axis.dilation * axis.queries, axis.keys) + lane.query_period;
+    const bool long_axis = end < axis.queries / 2 - lane.query_period;
     lane.inner_end = axis.queries;
     for (int64_t i = 0; i < axis.queries; ++i) {
+        if (long_axis && i == end + lane.query_period) i = axis.queries - end;
         const Window w = window_of(axis, i);
         if (!untouched(w)) {
-            if (i < axis.queries / 2) lane.inner_begin = i + 1;
-            else lane.inner_end = std::min(lane.inner_end, i);
+            if (i < axis.queries / 2)
+                lane.inner_begin = i + 1;
+            else
+                lane.inner_end = std::min(lane.inner_end, i);
         }
         if (w.present_begin >= w.present_end) continue;
         const int64_t base = w.residue - lane.key_period * (i / lane.query_period);
@@ -127,37 +137,24 @@ int64_t LaneAxis::most_slots(Side a) const {
 
 namespace {
 
-// How many rows of B at most `block` neighbouring rows of A pair with; an upper bound, exact in the common cases.
+// How many rows of B `block` neighbouring rows of one class of A pair with, at most; exact where the extents are equal.
+// Only speed depends on it: a block that pairs with more takes them in chunks.
 int64_t span_of(const Axis &axis, Side a, const RowAxis &rows, int64_t block) {
     const bool from_queries = a == Side::query;
-    const int64_t d = axis.dilation;
-    if (axis.queries == axis.keys || d == 1) {
-        // Neighbours in a class are d positions apart, so that no list is needed to walk them.
-        int64_t most = 1;
-        for (int64_t g = 0; g < std::min(d, axis.queries); ++g) {
-            if (from_queries) {
-                for (int64_t first = g; first < axis.queries; first += d) {
-                    const int64_t last = first + d * (std::min(block, (axis.queries - 1 - first) / d + 1) - 1);
-                    const Window low = window_of(axis, first), high = window_of(axis, last);
-                    most = std::max(most, high.start + high.present_end - low.start - low.present_begin);
-                }
-                continue;
-            }
-            int64_t from = g, to = g;  // queries that pair with some key of the block
-            for (int64_t key = 0; g + d * key < axis.keys; ++key) {
-                while (from < axis.queries && window_of(axis, from).start + window_of(axis, from).end <= key) from += d;
-                while (to < axis.queries && window_of(axis, to).start + window_of(axis, to).begin < key + block) to += d;
-                most = std::max(most, (to - from) / d);
-            }
-        }
-        return most;
-    }
+    const int64_t k = axis.kernel, s = axis.stride;
     const int64_t longest = from_queries ? rows.longest_key_chain : rows.longest_query_chain;
-    // Rows of one class step through the other side's at most this fast.
-    const int64_t step = from_queries ? ceil_div(axis.keys, axis.queries) : ceil_div(axis.queries, axis.keys);
-    const int64_t reach = axis.kernel + 2 * axis.stride;
-    int64_t most = (from_queries ? reach : reach * step) + (block + 1) * step + 1;
-    if (!from_queries && (axis.border == Border::shift || axis.causal)) most += (axis.kernel + axis.stride) * step;
+    int64_t most;
+    if (axis.queries == axis.keys) {
+        // The leaders of `block` queries span so many keys; so many leaders reach `block` keys. A border that shifts
+        // windows lets keys be reached from up to k/2 further on either side.
+        most = from_queries ? k + ceil_div(block - 1, s) * s : (k + block - 2) / s * s + s;
+        if (!from_queries && axis.border == Border::shift) most += k / 2 * 2;
+    } else {
+        // Rows of one class step through the other side's at most this fast.
+        const int64_t step = from_queries ? ceil_div(axis.keys, axis.queries) : ceil_div(axis.queries, axis.keys);
+        most = (from_queries ? k + 2 * s : (k + 2 * s) * step) + (block + 1) * step + 1;
+        if (!from_queries && (axis.border == Border::shift || axis.causal)) most += (k + s) * step;
+    }
     return from_queries && axis.border == Border::zero ? most : std::min(most, longest);
 }
 
