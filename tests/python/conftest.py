@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from configurations import SEED
 
 from localattn import _library
 
@@ -22,7 +23,6 @@ hypothesis.settings.load_profile("localattn")
 
 
 def pytest_report_header(config):
-    seed = config.getoption("hypothesis_seed", None)
     if _library.load_error is not None:
         return f"localattn: {_library.load_error}"
     variants = ", ".join(
@@ -30,13 +30,8 @@ def pytest_report_header(config):
     )
     return [
         f"localattn {_library.version()} ({_library.build_info()}), torch {torch.__version__}, variants: {variants}",
-        f"hypothesis seed {seed}; another: --hypothesis-seed=random or a number",
+        f"random problems: LOCALATTN_TEST_SEED={SEED}",
     ]
-
-
-def available_variants():
-    """Names of the variants this machine runs, best first."""
-    return [v.name for v in _library.variants() if v.unavailable is None]
 
 
 @pytest.fixture(params=[v.name for v in _library.variants()] if _library.load_error is None else [])

@@ -3,9 +3,19 @@
 import brute_force
 import pytest
 import torch
-from configurations import DTYPES, accumulated, assert_close, configurations, differentiable, forced, run, tensors_of
-from conftest import available_variants
-from hypothesis import given, settings
+from configurations import (
+    DTYPES,
+    SEED,
+    accumulated,
+    assert_close,
+    available_variants,
+    configurations,
+    differentiable,
+    forced,
+    run,
+    tensors_of,
+)
+from hypothesis import given, seed, settings
 
 import localattn
 
@@ -41,6 +51,7 @@ def check(operator, configuration, tensors, dtype, expected):
 @pytest.mark.parametrize("part", range(2))  # so that parallel workers share the work
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_variant(dtype, part):
+    @seed(10 * SEED + 2 * DTYPES.index(dtype) + part)
     @settings(max_examples=400)
     @given(configurations())
     def checked(configuration):
@@ -53,6 +64,7 @@ def test_every_variant(dtype, part):
     checked()
 
 
+@seed(10 * SEED + 9)
 @settings(max_examples=400)
 @given(configurations())
 def test_readable_definition(configuration):
