@@ -1,5 +1,5 @@
-// Element types as scalars: the 16-bit formats as plain bits, and the one place where they are converted. Conversions to
-// them round to nearest, ties to even; NaN stays NaN. Internal linkage, for the reason given in window.h.
+// Element types as scalars: the 16-bit formats as plain bits, and the one place where they are converted. Conversions
+// to them round to nearest, ties to even; NaN stays NaN. Internal linkage, for the reason given in window.h.
 #pragma once
 #include <cstdint>
 #include <cstring>

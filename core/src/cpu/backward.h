@@ -119,13 +119,12 @@ struct QueryPassWorker {
                             V::store(ds + i, reg{});
                         }
                     }
-                    const BiasRow row =
-                        bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b);
+                    const BiasRow row = bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b);
                     if (bias) codec.add_bias(plan, tile, row, T(log2_e), scores);
                     differentiate<V>(pattern.slots, V::load(lse + r * V::lanes), V::load(delta + r * V::lanes), scores,
                                      ds);
-                    const bool partial = problem.raster && b0 == plan.axis0.centre[block.row0] &&
-                                         b == plan.axis1.centre[block.row + r];
+                    const bool partial =
+                        problem.raster && b0 == plan.axis0.centre[block.row0] && b == plan.axis1.centre[block.row + r];
                     const Mask *key_mask = real ? ring.mask_of(b0, b, tile) : nullptr;
                     mask_scores<V>(tile, partial, key_mask, reg{}, ds);
                     if (wants_bias) add_bias_gradients<V>(plan, tile, row, bias_gradients, ds);
@@ -141,8 +140,8 @@ struct QueryPassWorker {
             ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
             score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row,
                            stream);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, grad_o, o_row,
-                           dp, s_row, stream);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, grad_o, o_row, dp,
+                           s_row, stream);
             differentiate_chunk(job, block, tile, chunk);
             if (problem.grad_query.data)
                 weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, dp, s_row, grad_q,
@@ -297,9 +296,8 @@ struct KeyPassWorker {
                     const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
                     T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
                     if (bias)
-                        codec.add_bias(plan, tile,
-                                       bias_row(plan, job.batch, head, b0, b, block.row0, block.row + r), T(log2_e),
-                                       scores);
+                        codec.add_bias(plan, tile, bias_row(plan, job.batch, head, b0, b, block.row0, block.row + r),
+                                       T(log2_e), scores);
                     for (int i = 0; i < pattern.slots; ++i) {
                         const int64_t column = pattern.column[i];
                         differentiate<V>(1, V::load(l + column), V::load(d + column), scores + i * V::lanes,

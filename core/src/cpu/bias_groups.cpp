@@ -19,8 +19,7 @@ struct Shape {
 // The shape of gradient `which`: the bias, the table, three axis biases.
 Shape shape_of(const Problem &p, int which) {
     const Axis *a = p.axis;
-    if (which == 1)
-        return {{1, 2 * a[0].kernel - 1, 2 * a[1].kernel - 1, 2 * a[2].kernel - 1, p.heads, 1}};
+    if (which == 1) return {{1, 2 * a[0].kernel - 1, 2 * a[1].kernel - 1, 2 * a[2].kernel - 1, p.heads, 1}};
     const int64_t entries = which == 0 ? a[0].kernel * a[1].kernel * a[2].kernel : a[which - 2].kernel;
     return {{p.batch, a[0].queries, a[1].queries, a[2].queries, p.heads, entries}};
 }
@@ -121,8 +120,8 @@ BiasGroups make_bias_groups(const Problem &problem, int element, Arena &arena) {
         compact(problem, which, elements);
         g.copy_elements += elements;
     }
-    g.groups = meet ? std::clamp<int64_t>(most_copied_elements / std::max<int64_t>(1, g.copy_elements), 1, most_groups)
-                    : 0;
+    g.groups =
+        meet ? std::clamp<int64_t>(most_copied_elements / std::max<int64_t>(1, g.copy_elements), 1, most_groups) : 0;
     if (g.groups > 1) g.copies = arena.take<char>(g.groups * g.copy_elements * element);
     return g;
 }

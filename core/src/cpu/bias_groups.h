@@ -14,7 +14,7 @@ struct BiasGradients {
 struct BiasGroups {
     const Problem *problem = nullptr;
     int element = 0;
-    int64_t groups = 1;       // 0: no two jobs meet, every job is its own group
+    int64_t groups = 1;  // 0: no two jobs meet, every job is its own group
     int64_t copy_elements = 0;
     void *copies = nullptr;  // [groups][copy_elements]; NULL where groups <= 1
 };

@@ -59,10 +59,10 @@ struct ForwardWorker {
                         for (int i = 0; i < pattern.slots; ++i) V::store(row + i * V::lanes, reg{});
                     if (bias)
                         codec.add_bias(plan, tile,
-                                       bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b),
-                                       T(log2_e), row);
-                    const bool partial = problem.raster && b0 == plan.axis0.centre[block.row0] &&
-                                         b == plan.axis1.centre[block.row + r];
+                                       bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b), T(log2_e),
+                                       row);
+                    const bool partial =
+                        problem.raster && b0 == plan.axis0.centre[block.row0] && b == plan.axis1.centre[block.row + r];
                     mask_scores<V>(tile, partial, real ? ring.mask_of(b0, b, tile) : nullptr,
                                    V::all(-T(__builtin_inf())), row);
                 }
@@ -178,7 +178,8 @@ struct ForwardWorker {
                            stream);
             finish_scores(job, block, tile, chunk);
             soften(block, tile, chunk, first);
-            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, s, s_row, o, o_row);
+            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, s, s_row, o,
+                           o_row);
         }
         finish(job, block, tile);
     }

@@ -79,12 +79,12 @@ static size_t run_pass(const Problem &problem, const PlanOptions &options, const
         if (bias_gradients) clear(groups);
         const bool grouped = bias_gradients && groups.groups > 0;
         PassRun<V, Worker> pass{&plan,
-                              &codec,
-                              bias_gradients ? &groups : nullptr,
-                              grouped ? least(groups.groups, most(1, plan.jobs)) : plan.jobs,
-                              0,
-                              static_cast<char *>(memory) + shared,
-                              each};
+                                &codec,
+                                bias_gradients ? &groups : nullptr,
+                                grouped ? least(groups.groups, most(1, plan.jobs)) : plan.jobs,
+                                0,
+                                static_cast<char *>(memory) + shared,
+                                each};
         workers.run(workers, static_cast<int32_t>(least(workers.count, pass.groups)), work<V, Worker>, &pass);
         if (bias_gradients) reduce(groups);
     }
@@ -116,10 +116,14 @@ static size_t run_dtype(const Problem &problem, Pass pass, const Workers &worker
     using Single = Vector<Isa, float>;
     using Double = Vector<Isa, double>;
     switch (problem.dtype) {
-        case Dtype::float64: return run_all<Double>(problem, pass, make_codec<Double, double>(), workers, memory);
-        case Dtype::float16: return run_all<Single>(problem, pass, make_codec<Single, float16>(), workers, memory);
-        case Dtype::bfloat16: return run_all<Single>(problem, pass, make_codec<Single, bfloat16>(), workers, memory);
-        default: return run_all<Single>(problem, pass, make_codec<Single, float>(), workers, memory);
+        case Dtype::float64:
+            return run_all<Double>(problem, pass, make_codec<Double, double>(), workers, memory);
+        case Dtype::float16:
+            return run_all<Single>(problem, pass, make_codec<Single, float16>(), workers, memory);
+        case Dtype::bfloat16:
+            return run_all<Single>(problem, pass, make_codec<Single, bfloat16>(), workers, memory);
+        default:
+            return run_all<Single>(problem, pass, make_codec<Single, float>(), workers, memory);
     }
 }
 

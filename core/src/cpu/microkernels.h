@@ -45,9 +45,8 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
     using reg = typename V::reg;
     reg sum[Rows][Columns];
     LOCALATTN_UNROLL
-    for (int r = 0; r < Rows; ++r)
-        LOCALATTN_UNROLL
-        for (int n = 0; n < Columns; ++n) sum[r][n] = reg{};
+    for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
+    for (int n = 0; n < Columns; ++n) sum[r][n] = reg{};
 #pragma GCC unroll 1
     for (int64_t c = 0; c < channels; ++c) {
         reg x[Rows];
@@ -71,9 +70,8 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
         b += b_channel;
     }
     LOCALATTN_UNROLL
-    for (int r = 0; r < Rows; ++r)
-        LOCALATTN_UNROLL
-        for (int n = 0; n < Columns; ++n) V::store(s + r * s_row + n * V::lanes, sum[r][n]);
+    for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
+    for (int n = 0; n < Columns; ++n) V::store(s + r * s_row + n * V::lanes, sum[r][n]);
 }
 
 // With Masked, an element of v counts as 0 in the lanes that the entry's mask leaves out, so that what those lanes must
@@ -87,9 +85,8 @@ __attribute__((noinline)) static void values_tile(const typename V::T *__restric
     using reg = typename V::reg;
     reg sum[Rows][Columns];
     LOCALATTN_UNROLL
-    for (int r = 0; r < Rows; ++r)
-        LOCALATTN_UNROLL
-        for (int n = 0; n < Columns; ++n) sum[r][n] = V::load(o + r * o_row + n * V::lanes);
+    for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
+    for (int n = 0; n < Columns; ++n) sum[r][n] = V::load(o + r * o_row + n * V::lanes);
 #pragma GCC unroll 1
     for (int y = 0; y < b_rows; ++y) {
         const typename V::T *pp = p + y * p_b_row, *vv = v + y * v_row;
@@ -116,9 +113,8 @@ __attribute__((noinline)) static void values_tile(const typename V::T *__restric
         }
     }
     LOCALATTN_UNROLL
-    for (int r = 0; r < Rows; ++r)
-        LOCALATTN_UNROLL
-        for (int n = 0; n < Columns; ++n) V::store(o + r * o_row + n * V::lanes, sum[r][n]);
+    for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
+    for (int n = 0; n < Columns; ++n) V::store(o + r * o_row + n * V::lanes, sum[r][n]);
 }
 
 // The tiles by number of rows and columns, filled at compile time.

@@ -75,12 +75,10 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
                     pack_block<V, false>(p + c, position, from_lane, to_lane, f, o + c * out_channel, out_channel);
             }
             for (int64_t c = whole; c < channels; c += L)
-                pack_part<V>(p + c, position, from_lane, to_lane,
-                             static_cast<int>(channels - c < L ? channels - c : L), f, o + c * out_channel,
-                             out_channel);
+                pack_part<V>(p + c, position, from_lane, to_lane, static_cast<int>(channels - c < L ? channels - c : L),
+                             f, o + c * out_channel, out_channel);
         } else if (position == 1 && lo == 0 && hi == L) {
-            for (int64_t c = 0; c < channels; ++c)
-                V::store(o + c * out_channel, f * V::load_as(in + x + c * channel));
+            for (int64_t c = 0; c < channels; ++c) V::store(o + c * out_channel, f * V::load_as(in + x + c * channel));
         } else {
             for (int64_t c = 0; c < channels; ++c) {
                 alignas(64) T t[L] = {};
@@ -125,8 +123,7 @@ static void unpack(const typename V::T *in, int count, int64_t channels, typenam
             unpack_part<V>(in + c * L, factor, count, static_cast<int>(channels - c < L ? channels - c : L), out + c,
                            position);
     } else if (position == 1) {
-        for (int64_t c = 0; c < channels; ++c)
-            store_some<V>(out + c * channel, factor * V::load(in + c * L), count);
+        for (int64_t c = 0; c < channels; ++c) store_some<V>(out + c * channel, factor * V::load(in + c * L), count);
     } else {
         alignas(64) T t[L];
         for (int64_t c = 0; c < channels; ++c) {

@@ -31,9 +31,9 @@ RowAxis make_row_axis(const Axis &axis, Arena &arena) {
     rows.present_end = arena.take<int64_t>(axis.queries);
     rows.longest_key_chain = ceil_div(axis.keys, axis.dilation);
     // Exact without dilation; with it, each key is the centre of at most ceil(Lq / Lk) queries.
-    rows.longest_query_chain =
-        axis.dilation == 1 ? axis.queries
-                           : std::min(axis.queries, rows.longest_key_chain * ceil_div(axis.queries, axis.keys));
+    rows.longest_query_chain = axis.dilation == 1
+                                   ? axis.queries
+                                   : std::min(axis.queries, rows.longest_key_chain * ceil_div(axis.queries, axis.keys));
     if (arena.counting()) return rows;
 
     int64_t next = 0;
@@ -329,8 +329,7 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
         // Lanes beyond the map take part in anything: their results are thrown away.
         const bool paired = u >= 0 || a_position >= lane.extent(a);
         set_mask(pattern.mask, plan.element, cell + l, paired);
-        if (pattern.raster_mask)
-            set_mask(pattern.raster_mask, plan.element, cell + l, paired && u <= axis.kernel / 2);
+        if (pattern.raster_mask) set_mask(pattern.raster_mask, plan.element, cell + l, paired && u <= axis.kernel / 2);
         if (!paired) {
             lacks = true;
             lacks_real |= b_position >= 0 && b_position < lane.extent(b);
@@ -341,8 +340,7 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
         pattern.uniform &= pattern.entry[cell + l] >= 0 && pattern.entry[cell + l] == pattern.entry[cell];
     const int64_t column = b_phase * plan.phase_stride + offset;
     pattern.column[pattern.slots] = column;
-    pattern.query[pattern.slots] =
-        a == Side::query ? tile.phase : lane.query_period * offset + b_phase;
+    pattern.query[pattern.slots] = a == Side::query ? tile.phase : lane.query_period * offset + b_phase;
     LaneRun *last = pattern.runs > 0 ? &pattern.run[pattern.runs - 1] : nullptr;
     if (last && last->column + last->count == column && offset > lane.lowest_offset(a))
         ++last->count;

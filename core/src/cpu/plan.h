@@ -21,7 +21,7 @@ namespace localattn::cpu {
 
 // Hands out 64-byte aligned pieces of one block; over no block it only counts, which gives the workspace's size.
 class Arena {
-   public:
+public:
     explicit Arena(void *base) : base_(static_cast<char *>(base)) {}
     template <class T>
     T *take(int64_t count) {
@@ -32,7 +32,7 @@ class Arena {
     size_t used() const { return used_; }
     bool counting() const { return base_ == nullptr; }
 
-   private:
+private:
     char *base_;
     size_t used_ = 0;
 };
@@ -87,12 +87,12 @@ struct LanePattern {
     bool masks_values;  // and that slot holds a real element there
     bool uniform;       // every slot is the same entry in all lanes, and all lanes exist
     LaneRun *run;
-    int64_t *column;      // [slots] packed position of lane 0, less LaneTile::column
-    int64_t *query;       // [slots] query position of lane 0, less LaneTile::query; lane l is at + query_period * l
-    int32_t *relative;    // [slots] key - centre + kernel - 1 in dilated coordinates
-    int32_t *entry;       // [slots][lanes] window entry along this axis, -1 where the pair does not exist
-    void *mask;           // [slots][lanes] of integers as wide as an element: all ones where the pair exists
-    void *raster_mask;    // the same, entries up to the centre only; NULL unless the problem is raster causal
+    int64_t *column;    // [slots] packed position of lane 0, less LaneTile::column
+    int64_t *query;     // [slots] query position of lane 0, less LaneTile::query; lane l is at + query_period * l
+    int32_t *relative;  // [slots] key - centre + kernel - 1 in dilated coordinates
+    int32_t *entry;     // [slots][lanes] window entry along this axis, -1 where the pair does not exist
+    void *mask;         // [slots][lanes] of integers as wide as an element: all ones where the pair exists
+    void *raster_mask;  // the same, entries up to the centre only; NULL unless the problem is raster causal
 };
 
 // `lanes` neighbouring lanes of one phase of A, starting at `lane`.

@@ -2,7 +2,6 @@
 #pragma once
 #include "codec.h"
 
-
 namespace localattn::cpu {
 
 LOCALATTN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }

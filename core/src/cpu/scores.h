@@ -49,9 +49,9 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
             typename V::T *out = s + paired.begin * s_row + chunk.index(b0, b) * cell;
             for (int i = 0; i < pattern.runs; ++i) {
                 const LaneRun &run = pattern.run[i];
-                Microkernels<V>::scores(paired.end - paired.begin, a + paired.begin * a_row, a_row,
-                                        packed + run.column, plan.packed, channels, out + run.slot * V::lanes, s_row,
-                                        run.count, next + run.column, stream);
+                Microkernels<V>::scores(paired.end - paired.begin, a + paired.begin * a_row, a_row, packed + run.column,
+                                        plan.packed, channels, out + run.slot * V::lanes, s_row, run.count,
+                                        next + run.column, stream);
             }
         }
     }
@@ -90,8 +90,8 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
                     const LaneRun &run = pattern.run[i];
                     Microkernels<V>::values(end - begin, weights + run.slot * V::lanes, p_row, cell,
                                             packed + run.column, plan.packed, rows.row, static_cast<int>(last - b),
-                                            run.count, mask ? mask + run.slot * V::lanes : nullptr,
-                                            o + begin * o_row, o_row, static_cast<int>(channels));
+                                            run.count, mask ? mask + run.slot * V::lanes : nullptr, o + begin * o_row,
+                                            o_row, static_cast<int>(channels));
                 }
             };
             if (partial) {
@@ -106,7 +106,8 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
     }
 }
 
-// One row of scores: `lacking` where a lane does not have the slot, or its key is masked (key_mask slides with the lanes).
+// One row of scores: `lacking` where a lane does not have the slot, or its key is masked (key_mask slides with the
+// lanes).
 template <class V>
 LOCALATTN_INLINE void mask_scores(const LaneTile &tile, bool partial, const typename V::Mask *key_mask,
                                   typename V::reg lacking, typename V::T *s) {

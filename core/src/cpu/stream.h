@@ -6,7 +6,7 @@
 namespace localattn::cpu {
 
 class Stream {
-   public:
+public:
     // `count` lines, `step` bytes apart.
     struct Piece {
         const char *address;
@@ -40,7 +40,7 @@ class Stream {
         for (int64_t line = 0; line < run * element_size; line += 64) add(start + line, step, runs);
     }
 
-   private:
+private:
     struct Entry {
         Piece piece;
         int64_t count;

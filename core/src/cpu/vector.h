@@ -1,7 +1,7 @@
 // A register of numbers, for kernels that are written once and compiled for each instruction set.
 //
-// An instruction set is a traits type `Isa` (see isa/): how many bytes a register has, how many registers there are, and
-// a few operations that the compiler does not find by itself. Everything else is the compiler's own vector type, so
+// An instruction set is a traits type `Isa` (see isa/): how many bytes a register has, how many registers there are,
+// and a few operations that the compiler does not find by itself. Everything else is the compiler's own vector type, so
 // multiply-add, compare and blend become whatever instructions the file's flags allow. Isa types live in anonymous
 // namespaces, which gives every instantiation internal linkage: no file compiled for one instruction set exports code
 // that the linker could pick for another.
@@ -94,8 +94,8 @@ struct Vector {
             for (int i = 0; i < 13; ++i) p = p * (g * reciprocal[i]) + T(1);
         }
         constexpr int mantissa = single ? 23 : 52, bias = single ? 127 : 1023;
-        const mask exponent =
-            (reinterpret_cast<mask>(shifted) - reinterpret_cast<mask>(all(magic)) + Mask(bias)) << mantissa;
+        const mask exponent = (reinterpret_cast<mask>(shifted) - reinterpret_cast<mask>(all(magic)) + Mask(bias))
+                              << mantissa;
         return p * reinterpret_cast<reg>(exponent);
     }
 

@@ -59,8 +59,12 @@ struct Avx2 {
 
 extern const Variant avx2_variant;
 const Variant avx2_variant = {
-    "avx2", "fused, 8 queries a register", cpu_avx2 | cpu_fma | cpu_f16c,
-    cpu::declines_nothing, cpu::workspace<Avx2>, cpu::run<Avx2>,
+    "avx2",
+    "fused, 8 queries a register",
+    cpu_avx2 | cpu_fma | cpu_f16c,
+    cpu::declines_nothing,
+    cpu::workspace<Avx2>,
+    cpu::run<Avx2>,
 };
 
 }  // namespace localattn

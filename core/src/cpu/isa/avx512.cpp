@@ -81,8 +81,12 @@ struct Avx512 {
 
 extern const Variant avx512_variant;
 const Variant avx512_variant = {
-    "avx512", "fused, 16 queries a register", cpu_avx512 | cpu_avx2 | cpu_fma | cpu_f16c,
-    cpu::declines_nothing, cpu::workspace<Avx512>, cpu::run<Avx512>,
+    "avx512",
+    "fused, 16 queries a register",
+    cpu_avx512 | cpu_avx2 | cpu_fma | cpu_f16c,
+    cpu::declines_nothing,
+    cpu::workspace<Avx512>,
+    cpu::run<Avx512>,
 };
 
 }  // namespace localattn

@@ -45,8 +45,8 @@ struct Portable {
 
 extern const Variant portable_variant;
 const Variant portable_variant = {
-    "portable", "fused, 4 queries a register, any machine", 0,
-    cpu::declines_nothing, cpu::workspace<Portable>, cpu::run<Portable>,
+    "portable",         "fused, 4 queries a register, any machine", 0, cpu::declines_nothing, cpu::workspace<Portable>,
+    cpu::run<Portable>,
 };
 
 }  // namespace localattn
