@@ -22,10 +22,14 @@ using Shape = std::vector<int64_t>;
 
 localattn_dtype dtype_of(const Tensor &query) {
     switch (query.scalar_type()) {
-        case at::kFloat: return LOCALATTN_FLOAT32;
-        case at::kDouble: return LOCALATTN_FLOAT64;
-        case at::kHalf: return LOCALATTN_FLOAT16;
-        case at::kBFloat16: return LOCALATTN_BFLOAT16;
+        case at::kFloat:
+            return LOCALATTN_FLOAT32;
+        case at::kDouble:
+            return LOCALATTN_FLOAT64;
+        case at::kHalf:
+            return LOCALATTN_FLOAT16;
+        case at::kBFloat16:
+            return LOCALATTN_BFLOAT16;
         default:
             TORCH_CHECK_TYPE(false, "query must be float32, float64, float16 or bfloat16, got ", query.scalar_type());
     }
@@ -100,9 +104,8 @@ struct Attention {
     std::array<Shape, 5> bias_shapes;  // what each broadcasts to
 
     Attention(Tensor query_, Tensor key_, Tensor value_, at::IntArrayRef kernel_size, at::IntArrayRef stride,
-              at::IntArrayRef dilation, const c10::List<bool> &is_causal, bool raster_causal,
-              const std::string &border, std::optional<double> scale, std::array<OptionalTensor, 5> biases_,
-              const OptionalTensor &key_mask)
+              at::IntArrayRef dilation, const c10::List<bool> &is_causal, bool raster_causal, const std::string &border,
+              std::optional<double> scale, std::array<OptionalTensor, 5> biases_, const OptionalTensor &key_mask)
         : query(std::move(query_)), key(std::move(key_)), value(std::move(value_)), biases(std::move(biases_)) {
         const int64_t rank = query.dim() - 3;
         check_tensors(rank);
@@ -146,9 +149,8 @@ private:
                           ", got shape ", key.sizes());
         TORCH_CHECK_VALUE(query.size(-2) > 0, "query must have at least 1 head, got shape ", query.sizes());
         TORCH_CHECK_VALUE(query.size(-1) > 0, "query must have at least 1 channel, got shape ", query.sizes());
-        TORCH_CHECK_VALUE(key.size(-2) > 0 && query.size(-2) % key.size(-2) == 0,
-                          "the heads of key must divide the ", query.size(-2), " heads of query, got shape ",
-                          key.sizes());
+        TORCH_CHECK_VALUE(key.size(-2) > 0 && query.size(-2) % key.size(-2) == 0, "the heads of key must divide the ",
+                          query.size(-2), " heads of query, got shape ", key.sizes());
         Shape value_shape = key.sizes().vec();
         value_shape.back() = value.dim() ? value.size(-1) : 0;
         TORCH_CHECK_VALUE(value.sizes() == value_shape, "value must have the batch, extents and heads of key, ",
@@ -168,8 +170,8 @@ private:
     void set_window(int64_t rank, at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef dilation,
                     const c10::List<bool> &is_causal) {
         const auto check_length = [&](const char *name, size_t length) {
-            TORCH_CHECK_VALUE(static_cast<int64_t>(length) == rank, name, " must have one entry for each of the ",
-                              rank, " spatial axes, got ", length);
+            TORCH_CHECK_VALUE(static_cast<int64_t>(length) == rank, name, " must have one entry for each of the ", rank,
+                              " spatial axes, got ", length);
         };
         check_length("kernel_size", kernel_size.size());
         check_length("stride", stride.size());
@@ -228,11 +230,16 @@ public:
 
 void check(localattn_status status) {
     switch (status) {
-        case LOCALATTN_OK: return;
-        case LOCALATTN_INVALID_ARGUMENT: TORCH_CHECK_VALUE(false, localattn_last_error());
-        case LOCALATTN_UNSUPPORTED_DTYPE: TORCH_CHECK_TYPE(false, localattn_last_error());
-        case LOCALATTN_UNSUPPORTED: TORCH_CHECK_NOT_IMPLEMENTED(false, localattn_last_error());
-        default: TORCH_CHECK(false, localattn_status_name(status), ": ", localattn_last_error());
+        case LOCALATTN_OK:
+            return;
+        case LOCALATTN_INVALID_ARGUMENT:
+            TORCH_CHECK_VALUE(false, localattn_last_error());
+        case LOCALATTN_UNSUPPORTED_DTYPE:
+            TORCH_CHECK_TYPE(false, localattn_last_error());
+        case LOCALATTN_UNSUPPORTED:
+            TORCH_CHECK_NOT_IMPLEMENTED(false, localattn_last_error());
+        default:
+            TORCH_CHECK(false, localattn_status_name(status), ": ", localattn_last_error());
     }
 }
 
@@ -257,9 +264,9 @@ struct Context {
     Context(const Context &) = delete;
 };
 
-#define ATTENTION_SCHEMA                                                                                              \
-    "Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, "     \
-    "bool raster_causal, str border, float? scale, Tensor? bias, Tensor? rel_pos_bias, Tensor? axis_bias_0, "         \
+#define ATTENTION_SCHEMA                                                                                          \
+    "Tensor query, Tensor key, Tensor value, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, " \
+    "bool raster_causal, str border, float? scale, Tensor? bias, Tensor? rel_pos_bias, Tensor? axis_bias_0, "     \
     "Tensor? axis_bias_1, Tensor? axis_bias_2, Tensor? key_mask"
 
 std::tuple<Tensor, Tensor> attention(const Tensor &query, const Tensor &key, const Tensor &value,
