@@ -17,9 +17,10 @@ import shutil
 import subprocess
 import sys
 
-# Kernel -> instructions it must hold: tensor-core product, matrix load, asynchronous copy.
+# Kernel -> instructions it must hold: product, load from shared memory, asynchronous copy.
 PIPELINE = ("HMMA", "LDSM", "LDGSTS")
 FAST = {f"tensor_core_{name}": PIPELINE for name in ("forward", "grad_query", "grad_key")}
+FAST["simt_forward"] = ("FFMA", "LDS", "LDGSTS")
 
 
 def find_cuobjdump(given):

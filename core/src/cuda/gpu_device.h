@@ -34,6 +34,12 @@ GPU_FUNCTION uint32_t load_shared(SharedAddress from) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from) : "memory");
     return value;
 }
+GPU_FUNCTION void load_shared(float (&values)[4], SharedAddress from) {  // 16 bytes, aligned to 16
+    asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+                 : "r"(from)
+                 : "memory");
+}
 GPU_FUNCTION void store_shared(SharedAddress to, uint32_t value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }

@@ -1,42 +1,23 @@
-// What the tensor-core kernels share: tiles of 2D maps, stages of the streamed map in shared memory, masks.
+// What the tensor-core kernels share: patches of places and chunks of the streamed map, as operands of mma, and masks.
+// Blocks and stages: stages.h.
 //
-// A block computes a tile of one head's map. A warp owns patches of 4x4 places side by side: 16 places are the m of one
-// mma, and a square patch has the smallest joint window that 16 places can have. In the forward and for the gradient of
-// the query the places are queries, and keys stream by; for the gradients of key and value it is the other way round.
-// Names here are those of the former.
-//
-// Keys stream through shared memory in stages of 4 rows, two of them in flight. A stage is stored column by column, so
-// that any 4 columns are one chunk of 16 keys, the n (or k) of an mma:
+// A warp owns patches of 4x4 places side by side: 16 places are the m of one mma, and a square patch has the smallest joint
+// window that 16 places can have. A stage has 4 rows, so that any 4 columns of it are one chunk of 16 keys:
 //
 //     slot 4x+y of a stage:   0  4  8 12 ...      a warp's chunks:  [0..15] [16..31] ..., starting at its own first column
 //                             1  5  9 13
 //                             2  6 10 14
 //                             3  7 11 15
 //
-// The 16-byte units of a slot are permuted by the slot's number (`phase`), which frees ldmatrix of bank conflicts. Inside
-// a chunk a lane's keys lie in two columns and two rows, so its mask is two column tests and four row bits. Chunks that no
-// query of a patch sees are skipped, chunks that all see are not masked.
+// With the slot's number as phase, ldmatrix has no bank conflicts. Inside a chunk a lane's keys lie in two columns and two
+// rows, so its mask is two column tests and four row bits. Chunks that no query of a patch sees are skipped, chunks that
+// all see are not masked.
 //
 // A NaN or infinity may reach every query whose patch visits its key: the products of masked keys are 0 times that value.
 #pragma once
-#include "../scalar.h"
-#include "ranges.h"
+#include "stages.h"
 
 namespace localattn::cuda {
-
-constexpr float log2_of_e = 1.44269504f;
-
-// Element strides. Rows and columns of one image are addressed in 32 bits: 64-bit offsets triple the loader's work.
-struct View {
-    int64_t batch, head;
-    int32_t row, column;
-};
-
-struct TileAxis {
-    int32_t queries, keys, dilation;
-    int32_t tiles;  // of one residue class
-    const Range *range;
-};
 
 // Width: channels, rounded up to what the kernel is compiled for. A warp step computes `group` chunks at a time.
 template <int width_, int warp_rows_, int warp_columns_, int patches_, int group_, int blocks_>
@@ -56,25 +37,6 @@ struct Tile {
     static int64_t shared_bytes(int64_t columns) { return 2 * columns * column_bytes; }  // of both stages
 };
 
-// The part of one axis that a block works on, in coordinates of its residue class.
-struct Section {
-    int residue, first_query, queries, keys;  // the extents of the class
-
-    GPU_METHOD Section(const TileAxis &axis, int tile, int tile_queries) {
-        residue = tile / axis.tiles;
-        first_query = tile % axis.tiles * tile_queries;
-        queries = (axis.queries - residue + axis.dilation - 1) / axis.dilation;
-        keys = (axis.keys - residue + axis.dilation - 1) / axis.dilation;
-    }
-    // On the whole axis, of the class's query or key i.
-    GPU_METHOD int position(const TileAxis &axis, int i) const { return residue + axis.dilation * i; }
-    // Of the tile's query i; of the class's last one for those past it, which no one will see.
-    GPU_METHOD Range range(const TileAxis &axis, int i) const {
-        const int query = first_query + i < queries ? first_query + i : queries - 1;
-        return axis.range[position(axis, query)];
-    }
-};
-
 // Which keys the 4 queries of a patch see along one axis (or which queries see its 4 keys, in the backward).
 struct Box {
     Range all, common;  // by any, by every
@@ -84,48 +46,6 @@ struct Box {
         const Range low = section.range(axis, first), high = section.range(axis, first + 3);
         all = {low.begin, high.end};
         common = {high.begin, low.end};
-    }
-};
-
-// A tensor that stages are copied from: this thread's unit of 8 channels of the block's class.
-template <class T>
-struct Source {
-    const T *tensor;
-    int row_step, column_step;
-    bool has_unit;  // else it is padding
-
-    GPU_METHOD Source(const T *data, const View &view, int batch, int head, const TileAxis &row_axis, const TileAxis &column_axis,
-                      const Section &rows, const Section &columns, int unit, int channels)
-        : tensor(data + (batch * view.batch + head * view.head + rows.residue * int64_t(view.row) + columns.residue * int64_t(view.column) + 8 * unit)),
-          row_step(view.row * row_axis.dilation),
-          column_step(view.column * column_axis.dilation),
-          has_unit(8 * unit < channels) {}
-};
-
-// Copies stages of two tensors, one behind the other, asynchronously. Places outside the map and padding are zeros.
-template <class C, class T>
-struct Loader {
-    Source<T> first, second;
-    int rows, columns;  // extents of the streamed class
-    int first_column, stage_columns;
-
-    GPU_METHOD static int unit() { return thread_index() % C::units; }
-    GPU_METHOD int slots() const { return C::stage_rows * stage_columns; }
-    GPU_METHOD bool inside(int row, int column) const {
-        return unsigned(row) < unsigned(rows) && unsigned(column) < unsigned(columns);
-    }
-    // Bytes from a stage's first tensor to its second.
-    GPU_METHOD SharedAddress second_at() const { return SharedAddress(slots() * C::slot_bytes); }
-    GPU_METHOD void load(SharedAddress stage, int first_row) const {
-        for (int slot = thread_index() / C::units; slot < slots(); slot += C::threads / C::units) {
-            const int row = first_row + slot % C::stage_rows, column = first_column + slot / C::stage_rows;
-            const bool in = inside(row, column);
-            const int r = in ? row : 0, c = in ? column : 0;
-            const SharedAddress to = stage + SharedAddress(slot * C::slot_bytes + ((unit() ^ C::phase(slot)) << 4));
-            copy_async(to, first.tensor + (r * first.row_step + c * first.column_step), in && first.has_unit);
-            copy_async(to + second_at(), second.tensor + (r * second.row_step + c * second.column_step), in && second.has_unit);
-        }
-        copy_commit();
     }
 };
 
@@ -244,20 +164,5 @@ GPU_FUNCTION void write_row(T *to, const float (&sum)[C::width / 8][4], int r, f
         if (channel < channels) store_pair(to + channel, pack(T(), sum[d][2 * r] * factor, sum[d][2 * r + 1] * factor));
     }
 }
-
-// What the blocks of a launch have in common: which tile, head and batch each computes.
-struct BlockPlace {
-    int row_tile, column_tile, head, batch;
-
-    GPU_METHOD BlockPlace(const TileAxis &rows, const TileAxis &columns, int heads) {
-        int block = block_index().x;
-        column_tile = block % (columns.tiles * columns.dilation);
-        block /= columns.tiles * columns.dilation;
-        row_tile = block % (rows.tiles * rows.dilation);
-        block /= rows.tiles * rows.dilation;
-        head = block % heads;
-        batch = block / heads;
-    }
-};
 
 }  // namespace localattn::cuda

@@ -4,6 +4,7 @@
 #include "../tensor_core_backward.h"
 #include "../tensor_core_forward.h"
 #include "../variant.h"
+#include "tiled.h"
 
 namespace localattn::cuda {
 
@@ -29,16 +30,6 @@ auto with_width(const Problem &p, Visit visit) {
     if (widest <= 32) return visit(std::integral_constant<int, 32>());
     if (widest <= 64) return visit(std::integral_constant<int, 64>());
     return visit(std::integral_constant<int, 128>());
-}
-
-// At most so many key columns do the queries of a tile see: the spread of the centres, the leader's shift, the kernel.
-template <class C>
-int64_t key_columns(const Axis &x) {
-    const int64_t tile = C::query_columns;
-    const int64_t centres = x.dilation > 1 ? tile - 1 : ((tile - 1) * x.keys + x.queries - 1) / x.queries;
-    const int64_t bound = centres + x.stride - 1 + x.kernel;
-    const int64_t longest = (x.keys + x.dilation - 1) / x.dilation;  // but zeros outside the map are seen as well
-    return (x.border == Border::zero || bound < longest ? bound : longest) + C::spare_columns;
 }
 
 // And so many query columns see the keys of a tile; where windows are shifted inwards, those near the border are seen by
@@ -70,58 +61,26 @@ int64_t shared_bytes(const Problem &p, Pass pass) {
     });
 }
 
-bool unit_aligned(const Problem &p, const Tensor &t, int64_t elements) {
-    if (t.channel != 1 || reinterpret_cast<uintptr_t>(t.data) % uintptr_t(2 * elements)) return false;
-    if (p.batch > 1 && t.batch % elements) return false;
-    return t.head % elements == 0 && t.axis[1] % elements == 0 && t.axis[2] % elements == 0;
-}
-
-// Does every offset inside one image, of `rows` by `columns`, fit 31 bits?
-bool addressable(const Tensor &t, int64_t rows, int64_t columns) {
-    const auto reach = [](int64_t extent, int64_t stride) { return double(extent) * double(stride < 0 ? -stride : stride); };
-    return reach(rows, t.axis[1]) + reach(columns, t.axis[2]) < 2147483648.0;
-}
-
 const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (p.dtype != Dtype::float16 && p.dtype != Dtype::bfloat16) return "computes float16 and bfloat16 only";
-    const Axis &first = p.axis[0], &rows = p.axis[1], &columns = p.axis[2];
-    if (first.queries != 1 || first.keys != 1 || first.kernel != 1) return "computes 1 and 2 spatial axes only";
-    if (p.batch == 0 || rows.queries == 0 || columns.queries == 0 || rows.keys == 0 || columns.keys == 0)
-        return "takes no empty maps";
-    if (p.raster) return "a raster-causal window is no rectangle";
+    if (const char *reason = declines_window(p)) return reason;
     if (p.has_bias() || p.wants_bias_gradient()) return "takes no bias";
-    if (p.key_mask.data) return "takes no key mask";
-    if (!(p.scale > 0 && p.scale < 1e30)) return "the scale must be positive";
-    for (const Axis *x : {&rows, &columns})
-        if (x->dilation > 1 && x->queries != x->keys) return "dilation needs as many queries as keys";
     if (p.channels > 128 || p.value_channels > 128) return "computes at most 128 channels a head";
     if (p.channels % 8 || p.value_channels % 8) return "channels must be a multiple of 8";
 
     const bool backward = pass == Pass::backward;
-    if (!unit_aligned(p, p.key, 8) || !unit_aligned(p, p.value, 8))
+    if (!unit_aligned(p, p.key, 8, 2) || !unit_aligned(p, p.value, 8, 2))
         return "key and value need contiguous channels and 16-byte alignment";
-    if (!unit_aligned(p, p.query, backward ? 8 : 2)) return "query needs contiguous channels and alignment";
+    if (!unit_aligned(p, p.query, backward ? 8 : 2, 2)) return "query needs contiguous channels and alignment";
     if (backward) {
-        if (!unit_aligned(p, p.grad_output, 8)) return "grad_output needs contiguous channels and 16-byte alignment";
+        if (!unit_aligned(p, p.grad_output, 8, 2)) return "grad_output needs contiguous channels and 16-byte alignment";
         for (const Tensor *t : {&p.grad_query, &p.grad_key, &p.grad_value})
-            if (t->data && !unit_aligned(p, *t, 2)) return "gradients need contiguous channels and 4-byte alignment";
-    } else if (!unit_aligned(p, p.output, 2)) {
+            if (t->data && !unit_aligned(p, *t, 2, 2)) return "gradients need contiguous channels and 4-byte alignment";
+    } else if (!unit_aligned(p, p.output, 2, 2)) {
         return "output needs contiguous channels and 4-byte alignment";
     }
-    for (const Tensor *t : {&p.query, &p.output, &p.lse, &p.grad_output, &p.grad_query})
-        if (!addressable(*t, rows.queries, columns.queries)) return "an image spans 2^31 elements or more";
-    for (const Tensor *t : {&p.key, &p.value, &p.grad_key, &p.grad_value})
-        if (!addressable(*t, rows.keys, columns.keys)) return "an image spans 2^31 elements or more";
-    if (double(rows.queries) * double(columns.queries) * double(p.heads) > INT32_MAX)
-        return "an image spans 2^31 elements or more";
-
+    if (const char *reason = declines_size(p)) return reason;
     if (shared_bytes(p, pass) > device.shared_bytes) return "the window is too wide for shared memory";
-    const auto tiles = [](int64_t extent, int64_t dilation) {  // of 8 places, the least that a tile has
-        return double(dilation) * (double(extent) / double(dilation) / 8 + 2);
-    };
-    const double most_rows = tiles(rows.queries > rows.keys ? rows.queries : rows.keys, rows.dilation);
-    const double most_columns = tiles(columns.queries > columns.keys ? columns.queries : columns.keys, columns.dilation);
-    if (most_rows * most_columns * double(p.batch) * double(p.heads) > INT32_MAX) return "more tiles than a grid has blocks";
     return nullptr;
 }
 
@@ -155,32 +114,9 @@ size_t workspace(const Problem &p, Pass pass) {
     return Workspace(p, pass, nowhere).bytes;
 }
 
-View view_of(const Tensor &t) { return {t.batch, t.head, int32_t(t.axis[1]), int32_t(t.axis[2])}; }
-
-TileAxis tile_axis(int64_t tiled, int64_t streamed, int64_t dilation, int64_t tile_places, const Range *range) {
-    const int64_t longest = (tiled + dilation - 1) / dilation;
-    return {int32_t(tiled), int32_t(streamed), int32_t(dilation), int32_t((longest + tile_places - 1) / tile_places), range};
-}
-
-Extent3 grid_of(const TileAxis &rows, const TileAxis &columns, int64_t images) {
-    return {int32_t(int64_t(rows.tiles) * rows.dilation * columns.tiles * columns.dilation * images), 1, 1};
-}
-
-Extent3 blocks_for(int64_t items, int64_t items_a_block) {
-    const int64_t blocks = (items + items_a_block - 1) / items_a_block, most = INT32_MAX;
-    return {int32_t(blocks < most ? blocks : most), 1, 1};
-}
-
-template <class Real>
-Real *pointer(const Tensor &t) {
-    return static_cast<Real *>(t.data);
-}
-
 const char *prepare_ranges(const Problem &p, Pass pass, const Workspace &w, void *stream) {
     const Axis &rows = p.axis[1], &columns = p.axis[2];
-    const RangeArguments queries = {{rows, columns}, {w.query[0], w.query[1]}};
-    const int64_t most_queries = rows.queries > columns.queries ? rows.queries : columns.queries;
-    const char *error = launch(fill_ranges, blocks_for(most_queries, range_threads), range_threads, 0, stream, queries);
+    const char *error = launch_ranges(p, w.query[0], w.query[1], stream);
     if (error || pass == Pass::forward) return error;
     const KeyRangeArguments keys = {{int32_t(rows.queries), int32_t(columns.queries)},
                                     {int32_t(rows.keys), int32_t(columns.keys)},

@@ -139,6 +139,10 @@ GPU_FUNCTION uint32_t load_shared(SharedAddress from, int line = __builtin_LINE(
     std::memcpy(&value, machine.access(from, 4, machine.thread(), false, line), 4);
     return value;
 }
+GPU_FUNCTION void load_shared(float (&values)[4], SharedAddress from, int line = __builtin_LINE()) {
+    emulation::Machine &machine = emulation::Machine::current();
+    std::memcpy(values, machine.access(from, 16, machine.thread(), false, line), 16);
+}
 GPU_FUNCTION void store_shared(SharedAddress to, uint32_t value, int line = __builtin_LINE()) {
     emulation::Machine &machine = emulation::Machine::current();
     std::memcpy(machine.access(to, 4, machine.thread(), true, line), &value, 4);

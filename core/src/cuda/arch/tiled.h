@@ -1,0 +1,91 @@
+// What the launches of the tiled kernels have in common: which windows and tensors they take, and their arguments.
+#pragma once
+#include "../stages.h"
+#include "../variant.h"
+
+namespace localattn::cuda {
+
+// At most so many key columns do the queries of a tile see: the spread of the centres, the leader's shift, the kernel.
+template <class C>
+int64_t key_columns(const Axis &x) {
+    const int64_t tile = C::query_columns;
+    const int64_t centres = x.dilation > 1 ? tile - 1 : ((tile - 1) * x.keys + x.queries - 1) / x.queries;
+    const int64_t bound = centres + x.stride - 1 + x.kernel;
+    const int64_t longest = (x.keys + x.dilation - 1) / x.dilation;  // but zeros outside the map are seen as well
+    return (x.border == Border::zero || bound < longest ? bound : longest) + C::spare_columns;
+}
+
+// Are the channels contiguous, and is every row of them aligned to `elements` elements of `size` bytes?
+inline bool unit_aligned(const Problem &p, const Tensor &t, int64_t elements, int64_t size) {
+    if (t.channel != 1 || reinterpret_cast<uintptr_t>(t.data) % uintptr_t(size * elements)) return false;
+    if (p.batch > 1 && t.batch % elements) return false;
+    return t.head % elements == 0 && t.axis[1] % elements == 0 && t.axis[2] % elements == 0;
+}
+
+// Does every offset inside one image, of `rows` by `columns`, fit 31 bits?
+inline bool addressable(const Tensor &t, int64_t rows, int64_t columns) {
+    const auto reach = [](int64_t extent, int64_t stride) { return double(extent) * double(stride < 0 ? -stride : stride); };
+    return reach(rows, t.axis[1]) + reach(columns, t.axis[2]) < 2147483648.0;
+}
+
+// NULL if the tiled kernels compute such windows, else why not.
+inline const char *declines_window(const Problem &p) {
+    const Axis &first = p.axis[0], &rows = p.axis[1], &columns = p.axis[2];
+    if (first.queries != 1 || first.keys != 1 || first.kernel != 1) return "computes 1 and 2 spatial axes only";
+    if (p.batch == 0 || rows.queries == 0 || columns.queries == 0 || rows.keys == 0 || columns.keys == 0)
+        return "takes no empty maps";
+    if (p.raster) return "a raster-causal window is no rectangle";
+    if (p.key_mask.data) return "takes no key mask";
+    if (!(p.scale > 0 && p.scale < 1e30)) return "the scale must be positive";
+    for (const Axis *x : {&rows, &columns})
+        if (x->dilation > 1 && x->queries != x->keys) return "dilation needs as many queries as keys";
+    return nullptr;
+}
+
+// NULL if 32 bits number every element of an image and every tile, else why not.
+inline const char *declines_size(const Problem &p) {
+    const Axis &rows = p.axis[1], &columns = p.axis[2];
+    for (const Tensor *t : {&p.query, &p.output, &p.lse, &p.grad_output, &p.grad_query})
+        if (!addressable(*t, rows.queries, columns.queries)) return "an image spans 2^31 elements or more";
+    for (const Tensor *t : {&p.key, &p.value, &p.grad_key, &p.grad_value})
+        if (!addressable(*t, rows.keys, columns.keys)) return "an image spans 2^31 elements or more";
+    if (double(rows.queries) * double(columns.queries) * double(p.heads) > INT32_MAX)
+        return "an image spans 2^31 elements or more";
+
+    const auto tiles = [](int64_t extent, int64_t dilation) {  // of 8 places, the least that a tile has
+        return double(dilation) * (double(extent) / double(dilation) / 8 + 2);
+    };
+    const double most_rows = tiles(rows.queries > rows.keys ? rows.queries : rows.keys, rows.dilation);
+    const double most_columns = tiles(columns.queries > columns.keys ? columns.queries : columns.keys, columns.dilation);
+    if (most_rows * most_columns * double(p.batch) * double(p.heads) > INT32_MAX) return "more tiles than a grid has blocks";
+    return nullptr;
+}
+
+inline View view_of(const Tensor &t) { return {t.batch, t.head, int32_t(t.axis[1]), int32_t(t.axis[2])}; }
+
+inline TileAxis tile_axis(int64_t tiled, int64_t streamed, int64_t dilation, int64_t tile_places, const Range *range) {
+    const int64_t longest = (tiled + dilation - 1) / dilation;
+    return {int32_t(tiled), int32_t(streamed), int32_t(dilation), int32_t((longest + tile_places - 1) / tile_places), range};
+}
+
+inline Extent3 grid_of(const TileAxis &rows, const TileAxis &columns, int64_t images) {
+    return {int32_t(int64_t(rows.tiles) * rows.dilation * columns.tiles * columns.dilation * images), 1, 1};
+}
+
+inline Extent3 blocks_for(int64_t items, int64_t items_a_block) {
+    const int64_t blocks = (items + items_a_block - 1) / items_a_block, most = INT32_MAX;
+    return {int32_t(blocks < most ? blocks : most), 1, 1};
+}
+
+template <class Real>
+Real *pointer(const Tensor &t) {
+    return static_cast<Real *>(t.data);
+}
+
+inline const char *launch_ranges(const Problem &p, Range *rows, Range *columns, void *stream) {
+    const RangeArguments arguments = {{p.axis[1], p.axis[2]}, {rows, columns}};
+    const int64_t longest = p.axis[1].queries > p.axis[2].queries ? p.axis[1].queries : p.axis[2].queries;
+    return launch(fill_ranges, blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
+}
+
+}  // namespace localattn::cuda
