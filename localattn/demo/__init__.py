@@ -42,13 +42,14 @@ def main(argv: list[str]) -> None:
     print(
         f"A denoiser of {sum(p.numel() for p in denoiser.parameters()):,} parameters, local attention in windows of "
         f"{KERNEL_SIZE}x{KERNEL_SIZE}, trains on {len(photographs)} photographs with noise of {NOISE * 255:.0f}/255; "
-        f"{torch.get_num_threads()} threads."
+        f"{_threads()}."
     )
     steps = _train_with_bar(denoiser, photographs, arguments.seconds, generator)
 
     with torch.no_grad():
         denoised = denoiser(noisy.unsqueeze(0)).squeeze(0)
-    baselines = fitted_baselines(photographs, noisy, generator)
+    # Noise of their own: what they are fitted to does not hang on how many steps the network took.
+    baselines = fitted_baselines(photographs, noisy, torch.Generator().manual_seed(arguments.seed + 1))
     panels = [Panel("Noisy", noisy, quality(original, noisy))]
     panels += [Panel(filtered.name, filtered.image, quality(original, filtered.image)) for filtered in baselines]
     panels += [
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     ]
     heading = (
         f"A photograph none of them was fitted to, noise {NOISE * 255:.0f}/255.  Local attention {KERNEL_SIZE}x"
-        f"{KERNEL_SIZE}, trained for {arguments.seconds:g} s on {torch.get_num_threads()} CPU threads."
+        f"{KERNEL_SIZE}, trained for {arguments.seconds:g} s on the CPU, {_threads()}."
     )
     write_picture(arguments.output, panels, CROP, heading)
 
@@ -68,6 +69,11 @@ def main(argv: list[str]) -> None:
         print(f"  ({filtered.name}: {filtered.setting}, the best for the training photographs)")
     print(f"Picture: {arguments.output}")
     _print_cost()
+
+
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def _train_with_bar(
