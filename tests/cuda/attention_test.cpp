@@ -188,7 +188,8 @@ void draw(Random &random, Trial &t) {
     }
     if (!tiled && chance(random, 0.03)) s.axis[2].queries = 0;
     if (!tiled && chance(random, 0.03)) s.axis[2].keys = 0;
-    s.scale = chance(random, 0.2) ? 0.3 : 1 / std::sqrt(double(s.channels));
+    constexpr double scales[] = {0.3, 0, -0.5};
+    s.scale = chance(random, tiled ? 0.05 : 0.2) ? scales[pick(random, 0, 2)] : 1 / std::sqrt(double(s.channels));
 
     const int b = s.batch, q0 = s.axis[0].queries, q1 = s.axis[1].queries, q2 = s.axis[2].queries, h = s.heads;
     const int k0 = s.axis[0].keys, k1 = s.axis[1].keys, k2 = s.axis[2].keys;
@@ -231,6 +232,13 @@ void draw(Random &random, Trial &t) {
     for (int a = 3 - rank; a < 3; a++)
         if (chance(random, bias_chance / 2))
             biased(t.axis_bias[a], t.grad_axis_bias[a], {b, q0, q1, q2, h, s.axis[a].kernel}, some());
+    // A bias of -infinity leaves an entry out; a query may lose all of its entries so.
+    if (t.bias.present && chance(random, 0.3)) {
+        const double density = chance(random, 0.3) ? 0.95 : 0.2;
+        t.bias.each([&](int64_t at, int64_t) {
+            if (chance(random, density)) t.bias.set(at, -INFINITY);
+        });
+    }
     const bool masked = chance(random, tiled ? 0.04 : 0.3);
 
     brute_force::Inputs in;
