@@ -9,9 +9,18 @@ packages in ``localattn.compat``, and the readable definition of everything in `
 from importlib import metadata
 
 from . import compat, nn, reference
-from .ops import attention_variant, local_attention, merge_attentions
+from .ops import attention_variant, local_attention, merge_attentions, similarity, weighting
 
-__all__ = ["attention_variant", "compat", "local_attention", "merge_attentions", "nn", "reference"]
+__all__ = [
+    "attention_variant",
+    "compat",
+    "local_attention",
+    "merge_attentions",
+    "nn",
+    "reference",
+    "similarity",
+    "weighting",
+]
 
 try:
     __version__ = metadata.version("localattn")

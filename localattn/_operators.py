@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from . import ops, reference
 from .ops import merge_attentions
-from .reference import linear_attention, routed_attention, similarity, weighting
+from .reference import linear_attention, routed_attention
 
 __all__ = ["linear_attention", "local_attention", "merge_attentions", "routed_attention", "similarity", "weighting"]
 
@@ -40,3 +40,5 @@ def _any_tangent(arguments: Iterable) -> bool:
 
 
 local_attention = _with_forward_mode(ops.local_attention, reference.local_attention)
+similarity = _with_forward_mode(ops.similarity, reference.similarity)
+weighting = _with_forward_mode(ops.weighting, reference.weighting)

@@ -14,6 +14,11 @@ def _mapped(operator, bias_positions, info, in_dims, *arguments):
     if any(arguments[i] is not None for i in bias_positions):
         # A bias may lack the batch dimension that would take the mapped one, so each slice is a call of its own.
         return _slice_by_slice(operator, info, in_dims, *arguments)
+    return mapped_into_batch(operator, info, in_dims, *arguments)
+
+
+def mapped_into_batch(operator, info, in_dims, *arguments):
+    """The operator on the mapped dimension joined with the batch, which every tensor among its arguments has."""
 
     def joined(argument, dim):  # (mapped, batch, ...) -> (mapped * batch, ...)
         if not isinstance(argument, Tensor):
@@ -22,6 +27,8 @@ def _mapped(operator, bias_positions, info, in_dims, *arguments):
         return moved.flatten(0, 1)
 
     results = operator(*(joined(argument, dim) for argument, dim in zip(arguments, in_dims)))
+    if isinstance(results, Tensor):
+        return results.unflatten(0, (info.batch_size, -1)), 0
     # What is not needed of the backward's results is an empty tensor without a batch.
     split = tuple(r.unflatten(0, (info.batch_size, -1)) if r.dim() > 1 else r for r in results)
     return split, tuple(0 if r.dim() > 1 else None for r in results)

@@ -11,9 +11,9 @@ from . import _library, reference
 from ._arguments import Causal, IntOrTuple, window_options
 
 if _library.load_error is None:
-    from . import _autograd, _fake, _flops, _vmap  # noqa: F401  registered by being imported
+    from . import _autograd, _fake, _flops, _vmap, _window_products  # noqa: F401  registered by being imported
 
-__all__ = ["attention_variant", "local_attention", "merge_attentions"]
+__all__ = ["attention_variant", "local_attention", "merge_attentions", "similarity", "weighting"]
 
 
 def local_attention(
@@ -112,6 +112,73 @@ def attention_variant(
     return torch.ops.localattn.attention_variant(*arguments, backward)
 
 
+def similarity(
+    query: Tensor,
+    key: Tensor,
+    kernel_size: IntOrTuple,
+    *,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: Causal = False,
+    border: str = "mask",
+    fill: float | None = None,
+) -> Tensor:
+    """The unscaled scores of every query with the keys of its window: the first half of :func:`local_attention`, for
+    those who change the scores or want the attention map. Differentiable, fused, to any order.
+
+    Args:
+        query: ``(batch, *Sq, heads, channels)``; float32, float64, float16 or bfloat16.
+        key: ``(batch, *Sk, heads, channels)``, of query's dtype. ``Sk`` may differ from ``Sq``, at any ratio.
+        kernel_size, stride, dilation, is_causal, border: the window, as in :func:`local_attention`.
+        fill: what entries outside the map hold, without a gradient; None is 0 for border "zero", else -inf. Entries
+            that are absent (cut off by causality, or more than the map has keys under border "shift") hold -inf.
+
+    Returns:
+        ``(batch, *Sq, heads, window)`` in query's dtype, the ``prod(kernel_size)`` entries of the window in raster
+        order; with ``is_causal="raster"`` the first ``prod(kernel_size) // 2 + 1`` of them, the centre last.
+
+    Raises:
+        ValueError: an argument's shape or value is not allowed.
+        TypeError: a dtype is not supported, or not that of query.
+        RuntimeError: the tensors lie on different devices, or no kernel is installed that can do it.
+    """
+    query, key, options = _window_arguments(
+        "query", query, "key", key, kernel_size, stride, dilation, is_causal, border
+    )
+    return torch.ops.localattn.similarity(query, key, *options, fill)
+
+
+def weighting(
+    weights: Tensor,
+    value: Tensor,
+    kernel_size: IntOrTuple,
+    *,
+    stride: IntOrTuple = 1,
+    dilation: IntOrTuple = 1,
+    is_causal: Causal = False,
+    border: str = "mask",
+) -> Tensor:
+    """The sum of the values in every query's window, weighted: the second half of :func:`local_attention`.
+    Differentiable, fused, to any order.
+
+    Args:
+        weights: ``(batch, *Sq, heads, window)``, as :func:`similarity` numbers the entries. What it holds for entries
+            that are no key is ignored, and its gradient there is 0.
+        value: ``(batch, *Sk, heads, channels)``, of weights' dtype.
+        kernel_size, stride, dilation, is_causal, border: the window, as in :func:`local_attention`.
+
+    Returns:
+        ``(batch, *Sq, heads, channels)``, in the memory order of value if that is channels-first.
+
+    Raises:
+        As :func:`similarity`.
+    """
+    weights, value, options = _window_arguments(
+        "weights", weights, "value", value, kernel_size, stride, dilation, is_causal, border
+    )
+    return torch.ops.localattn.weighting(weights, value, *options)
+
+
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """One attention over all keys from attentions over parts of them.
 
@@ -164,6 +231,23 @@ def _native_arguments(
         query.device, query, key, value, bias, rel_pos_bias, *axis_biases
     )
     return (query, key, value, *options, scale, bias, rel_pos_bias, *axis_biases, key_mask)
+
+
+def _window_arguments(name, first, other_name, other, kernel_size, stride, dilation, is_causal, border) -> tuple:
+    """Two tensors that share a window, cast as autocast has it, and the window's options."""
+    _library.require_operators()
+    for tensor_name, tensor in ((name, first), (other_name, other)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{tensor_name} must be a Tensor, got {type(tensor).__name__}")
+    if other.device != first.device:
+        raise RuntimeError(f"{other_name} must be on the device of {name}, {first.device}, got {other.device}")
+    rank = first.dim() - 3
+    if not 1 <= rank <= 3:
+        raise ValueError(
+            f"{name} must be (batch, one to three spatial axes, heads, channels), got shape {tuple(first.shape)}"
+        )
+    first, other = _autocast(first.device, first, other)
+    return first, other, window_options(rank, kernel_size, stride, dilation, is_causal, border)
 
 
 def _autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,67 +1,21 @@
-// The entry points: check, choose, run. Whatever is thrown inside ends here as a status.
-#include <cstdlib>
+// The entry points of attention, and those that are about the library.
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "build.h"
+#include "call.h"
 #include "cpu_features.h"
 #include "cuda/device_calls.h"
-#include "dispatch.h"
 #include "empty.h"
 #include "error.h"
 #include "localattn/localattn.h"
-#include "parallel.h"
-#include "validate.h"
 
 namespace localattn {
 
 namespace {
 
-template <class Body>
-localattn_status guarded(Body body) noexcept {
-    try {
-        body();
-        return LOCALATTN_OK;
-    } catch (const Failure &failure) {
-        return failure.status;
-    } catch (const std::bad_alloc &) {
-        set_last_error("the host has no memory left for this call's scratch");
-        return LOCALATTN_OUT_OF_MEMORY;
-    } catch (const std::exception &e) {
-        // Not ours: nothing inside throws these. An executor written in C++ may.
-        set_last_error(e.what());
-        return LOCALATTN_INTERNAL_ERROR;
-    } catch (...) {
-        set_last_error("an exception of unknown type came out of the call, most likely out of its executor");
-        return LOCALATTN_INTERNAL_ERROR;
-    }
-}
-
-// What a C caller passes for an enum may be no value of it, which C++ must not even look at as one.
-template <class Enum>
-int32_t number_of(const Enum &value) {
-    static_assert(sizeof(Enum) == sizeof(int32_t), "as the header has it");
-    int32_t number;
-    std::memcpy(&number, &value, sizeof number);
-    return number;
-}
-
-Pass checked_pass(const localattn_pass &pass) {
-    const int32_t value = number_of(pass);
-    if (value != LOCALATTN_FORWARD && value != LOCALATTN_BACKWARD) {
-        fail(LOCALATTN_INVALID_ARGUMENT, "pass is %d, but must be 0 (forward) or 1 (backward)", value);
-    }
-    return static_cast<Pass>(value);
-}
-
 size_t needed_workspace(const Variant &variant, const Problem &problem, Pass pass, const Workers &workers) {
     return is_empty(problem) ? 0 : variant.workspace(problem, pass, workers.count);
 }
-
-struct Free {
-    void operator()(void *memory) const { std::free(memory); }
-};
 
 void attention(const localattn_context *given_context, const localattn_attention_params *params, Pass pass) {
     const localattn_context context = checked_context(given_context);
@@ -71,15 +25,9 @@ void attention(const localattn_context *given_context, const localattn_attention
     const Variant &variant = choose_variant(problem, pass, context.variant, unread);
     const Workers workers = workers_for(context, problem);
     const size_t needed = needed_workspace(variant, problem, pass, workers);
-    check_workspace(context, needed);
+    const Scratch scratch(context, needed);
     if (is_empty(problem)) return answer_empty(problem, pass);
-
-    std::unique_ptr<void, Free> own;
-    if (!context.workspace && needed) {
-        own.reset(std::aligned_alloc(64, (needed + 63) / 64 * 64));
-        if (!own) fail(LOCALATTN_OUT_OF_MEMORY, "the host could not give %zu bytes of scratch memory", needed);
-    }
-    variant.run(problem, pass, workers, context.workspace ? context.workspace : own.get());
+    variant.run(problem, pass, workers, scratch.memory());
 }
 
 }  // namespace

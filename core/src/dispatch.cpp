@@ -35,11 +35,11 @@ constexpr int32_t count = sizeof variants / sizeof *variants;
     fail(LOCALATTN_INVALID_ARGUMENT, "%s is \"%s\", but this library has %s", source, name, names);
 }
 
-const Variant &forced_variant(const Problem &problem, Pass pass, const char *source, const char *name) {
+const Variant &forced_variant(const Declines &declines, const char *source, const char *name) {
     for (const Variant *v : variants) {
         if (std::strcmp(v->name, name) != 0) continue;
         const char *reason = missing_cpu_feature(v->cpu_features);
-        if (!reason) reason = v->declines(problem, pass);
+        if (!reason) reason = declines(*v);
         if (reason) fail(LOCALATTN_UNSUPPORTED, "%s is \"%s\", but that variant declines: %s", source, name, reason);
         return *v;
     }
@@ -60,18 +60,22 @@ void Report::add(const char *name, const char *reason) {
     size -= advance;
 }
 
-const Variant &choose_variant(const Problem &problem, Pass pass, const char *forced, Report &report) {
+const Variant &choose_variant(const Declines &declines, const char *forced, Report &report) {
     if (report.text && report.size) *report.text = '\0';
-    if (forced && *forced) return forced_variant(problem, pass, "context.variant", forced);
+    if (forced && *forced) return forced_variant(declines, "context.variant", forced);
     const char *isa = std::getenv("LOCALATTN_CPU_ISA");
-    if (isa && *isa) return forced_variant(problem, pass, "LOCALATTN_CPU_ISA", isa);
+    if (isa && *isa) return forced_variant(declines, "LOCALATTN_CPU_ISA", isa);
     for (const Variant *v : variants) {
         const char *reason = missing_cpu_feature(v->cpu_features);
-        if (!reason) reason = v->declines(problem, pass);
+        if (!reason) reason = declines(*v);
         if (!reason) return *v;
         report.add(v->name, reason);
     }
     fail(LOCALATTN_UNSUPPORTED, "no variant built into this library takes the problem");
+}
+
+const Variant &choose_variant(const Problem &problem, Pass pass, const char *forced, Report &report) {
+    return choose_variant([&](const Variant &v) { return v.declines(problem, pass); }, forced, report);
 }
 
 }  // namespace localattn

@@ -26,11 +26,8 @@ void fill_typed(const Tensor &t, float value, int64_t batch, const int64_t (&axi
                                                   h * t.head + c * t.channel);
 }
 
-struct Extents {
-    int64_t batch, axis[3], heads, channels;
-};
+}  // namespace
 
-// 0 and -infinity are all that is ever written, and a result's data is NULL only if nobody asked for it or it is empty.
 void fill(const Tensor &t, Dtype dtype, float value, const Extents &e) {
     if (!t.data) return;
     switch (dtype) {
@@ -44,8 +41,6 @@ void fill(const Tensor &t, Dtype dtype, float value, const Extents &e) {
             return fill_typed<bfloat16>(t, value, e.batch, e.axis, e.heads, e.channels);
     }
 }
-
-}  // namespace
 
 bool is_empty(const Problem &p) {
     bool empty = p.batch == 0;

@@ -5,6 +5,12 @@
 
 namespace localattn {
 
+struct Extents {
+    int64_t batch, axis[3], heads, channels;
+};
+// 0 and -infinity are all that is ever written, and a result's data is NULL only if nobody asked for it or it is empty.
+void fill(const Tensor &, Dtype, float value, const Extents &);
+
 bool is_empty(const Problem &problem);
 
 // Writes every result that exists: zeros, and a log-sum-exp of -infinity.

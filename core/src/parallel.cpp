@@ -65,25 +65,29 @@ int32_t available_cores() {
 }
 
 // How many threads are worth their start: one for each quarter of a million multiplications.
-int32_t worthwhile_threads(const Problem &p, int32_t limit) {
-    double work = double(p.batch) * double(p.heads) * double(p.channels + p.value_channels);
-    for (const Axis &a : p.axis) work *= double(a.queries) * double(std::min(a.kernel, a.keys));
-    return work / 250e3 >= limit ? limit : static_cast<int32_t>(work / 250e3) + 1;
+int32_t worthwhile_threads(double multiplications, int32_t limit) {
+    return multiplications / 250e3 >= limit ? limit : static_cast<int32_t>(multiplications / 250e3) + 1;
 }
 
 }  // namespace
 
-Workers workers_for(const localattn_context &context, const Problem &problem) {
+Workers workers_for(const localattn_context &context, double multiplications) {
     Workers workers;
     if (context.executor) {
         workers.count = context.executor->num_workers;
         workers.run = run_on_executor;
         workers.implementation = context.executor;
     } else {
-        workers.count = context.num_threads > 0 ? context.num_threads : worthwhile_threads(problem, available_cores());
+        workers.count = context.num_threads > 0 ? context.num_threads : worthwhile_threads(multiplications, available_cores());
         workers.run = run_on_threads;
     }
     return workers;
+}
+
+Workers workers_for(const localattn_context &context, const Problem &p) {
+    double work = double(p.batch) * double(p.heads) * double(p.channels + p.value_channels);
+    for (const Axis &a : p.axis) work *= double(a.queries) * double(std::min(a.kernel, a.keys));
+    return workers_for(context, work);
 }
 
 }  // namespace localattn

@@ -12,6 +12,7 @@
 namespace localattn {
 
 // `context` is already checked. `executor` and the result must not outlive the call.
+Workers workers_for(const localattn_context &context, double multiplications);
 Workers workers_for(const localattn_context &context, const Problem &problem);
 
 }  // namespace localattn

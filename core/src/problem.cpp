@@ -6,9 +6,6 @@
 
 namespace localattn {
 
-namespace {
-
-// Keeps the strides that the tensor's role has and drops the rest, which the caller need not have set.
 Tensor taken(const localattn_tensor &from, int32_t rank, bool batch, bool head, bool channel) {
     Tensor to;
     to.data = from.data;
@@ -18,8 +15,6 @@ Tensor taken(const localattn_tensor &from, int32_t rank, bool batch, bool head, 
     if (channel) to.channel = from.channel_stride;
     return to;
 }
-
-}  // namespace
 
 Problem make_problem(const localattn_attention_params &p) {
     Problem problem;

@@ -14,9 +14,14 @@ enum class Data { used, described };
 localattn_context checked_context(const localattn_context *context);
 localattn_attention_params checked_params(const localattn_attention_params *params, Pass pass, Data data);
 
+// The fields of the window and of sizes alone, with defaults filled in.
+void check_window_fields(localattn_attention_params &params);
+
 void check_workspace(const localattn_context &context, size_t needed);
 
 // In problem.cpp: what the kernels read instead of checked params.
 Problem make_problem(const localattn_attention_params &params);
+// Keeps the strides that the tensor's role has and drops the rest, which the caller need not have set.
+Tensor taken(const localattn_tensor &from, int32_t rank, bool batch, bool head, bool channel);
 
 }  // namespace localattn

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "problem.h"
+#include "window_product.h"
 
 namespace localattn {
 
@@ -24,6 +25,13 @@ struct Workers {
     const void *implementation = nullptr;
 };
 
+// A variant's code for an operation other than attention: the pass is part of the problem.
+template <class OneProblem>
+struct Kernel {
+    size_t (*workspace)(const OneProblem &, int32_t workers) = nullptr;
+    void (*run)(const OneProblem &, const Workers &, void *workspace) = nullptr;  // NULL: the variant does not have it
+};
+
 struct Variant {
     const char *name;
     const char *description;
@@ -34,6 +42,7 @@ struct Variant {
     // Writes every result. `workspace` has the size asked for and is 64-byte aligned. Cannot fail: what could is
     // declined.
     void (*run)(const Problem &, Pass, const Workers &, void *workspace);
+    Kernel<WindowProduct> window_product{};
 };
 
 }  // namespace localattn

@@ -183,6 +183,75 @@ typedef struct localattn_attention_params {
     localattn_tensor grad_axis_bias[3];
 } localattn_attention_params;
 
+/* The unfused pair, for those who change the scores in between or want the attention map:
+ *
+ *     similarity:  scores[q, u] = dot(query[q], key[k(q, u)])              (no scale)
+ *     weighting:   output[q]    = sum over u of weights[q, u] * value[k(q, u)]
+ *
+ * over the same window rule. scores and weights are (batch, *query_extent, heads, window), where window is
+ * prod(kernel_size), or prod(kernel_size) / 2 + 1 with raster_causal, in raster order, numbered along channel_stride.
+ *
+ * Scores of entries outside the map are `fill` (without has_fill: 0 under border zero, else -infinity), those of absent
+ * entries always -infinity. What weights hold for entries that are no key is not read, and their gradient is 0; neither
+ * is a gradient of such scores.
+ *
+ * Forward: reads query and key, writes scores; reads weights and value, writes output. Backward: reads the inputs (each
+ * only if the gradient of the other one is asked for) and the gradient of the result, writes each gradient given. All
+ * tensors have elements of `dtype`; sums are accumulated in float32 or wider, float64 in float64. The window's fields
+ * are those of localattn_attention_params. */
+typedef struct localattn_similarity_params {
+    size_t struct_size;
+    int32_t dtype; /* localattn_dtype */
+    int32_t rank;  /* 1, 2 or 3 spatial axes */
+    int64_t batch;
+    int64_t heads;
+    int64_t channels; /* per head; at least 1 */
+    int64_t query_extent[3];
+    int64_t key_extent[3];
+    int64_t kernel_size[3];
+    int64_t stride[3];   /* 0 means 1; at most kernel_size */
+    int64_t dilation[3]; /* 0 means 1 */
+    int32_t is_causal[3];
+    int32_t raster_causal;
+    int32_t border; /* localattn_border */
+    int32_t has_fill;
+    double fill;
+
+    localattn_tensor query;  /* (batch, *query_extent, heads, channels) */
+    localattn_tensor key;    /* (batch, *key_extent, heads, channels) */
+    localattn_tensor scores; /* (batch, *query_extent, heads, window) */
+
+    localattn_tensor grad_scores;
+    localattn_tensor grad_query;
+    localattn_tensor grad_key;
+} localattn_similarity_params;
+
+typedef struct localattn_weighting_params {
+    size_t struct_size;
+    int32_t dtype; /* localattn_dtype */
+    int32_t rank;  /* 1, 2 or 3 spatial axes */
+    int64_t batch;
+    int64_t heads;
+    int64_t channels; /* of value and output, per head; at least 1 */
+    int64_t query_extent[3];
+    int64_t key_extent[3];
+    int64_t kernel_size[3];
+    int64_t stride[3];   /* 0 means 1; at most kernel_size */
+    int64_t dilation[3]; /* 0 means 1 */
+    int32_t is_causal[3];
+    int32_t raster_causal;
+    int32_t border; /* localattn_border */
+    int32_t reserved;
+
+    localattn_tensor weights; /* (batch, *query_extent, heads, window) */
+    localattn_tensor value;   /* (batch, *key_extent, heads, channels) */
+    localattn_tensor output;  /* (batch, *query_extent, heads, channels) */
+
+    localattn_tensor grad_output;
+    localattn_tensor grad_weights;
+    localattn_tensor grad_value;
+} localattn_weighting_params;
+
 /* localattn_attention_params p = LOCALATTN_INIT(localattn_attention_params); zeroed, but for its struct_size. */
 #ifdef __cplusplus
 #define LOCALATTN_INIT(type)                \
@@ -214,6 +283,30 @@ LOCALATTN_API localattn_status localattn_attention_workspace_size(const localatt
  * cut to fit and always terminated. Data pointers as for the workspace query. */
 LOCALATTN_API localattn_status localattn_attention_variant(const localattn_context *context,
                                                            const localattn_attention_params *params,
+                                                           localattn_pass pass, const char **name, char *report,
+                                                           size_t report_size);
+
+/* Forward and backward, workspace and variant, as those of attention. */
+LOCALATTN_API localattn_status localattn_similarity_forward(const localattn_context *context,
+                                                            const localattn_similarity_params *params);
+LOCALATTN_API localattn_status localattn_similarity_backward(const localattn_context *context,
+                                                             const localattn_similarity_params *params);
+LOCALATTN_API localattn_status localattn_similarity_workspace_size(const localattn_context *context,
+                                                                   const localattn_similarity_params *params,
+                                                                   localattn_pass pass, size_t *size);
+LOCALATTN_API localattn_status localattn_similarity_variant(const localattn_context *context,
+                                                            const localattn_similarity_params *params,
+                                                            localattn_pass pass, const char **name, char *report,
+                                                            size_t report_size);
+LOCALATTN_API localattn_status localattn_weighting_forward(const localattn_context *context,
+                                                           const localattn_weighting_params *params);
+LOCALATTN_API localattn_status localattn_weighting_backward(const localattn_context *context,
+                                                            const localattn_weighting_params *params);
+LOCALATTN_API localattn_status localattn_weighting_workspace_size(const localattn_context *context,
+                                                                  const localattn_weighting_params *params,
+                                                                  localattn_pass pass, size_t *size);
+LOCALATTN_API localattn_status localattn_weighting_variant(const localattn_context *context,
+                                                           const localattn_weighting_params *params,
                                                            localattn_pass pass, const char **name, char *report,
                                                            size_t report_size);
 

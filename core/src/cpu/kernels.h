@@ -3,6 +3,7 @@
 #include "../variant.h"
 #include "backward.h"
 #include "forward.h"
+#include "window_product.h"
 
 namespace localattn::cpu {
 
@@ -111,20 +112,43 @@ static size_t run_all(const Problem &problem, Pass pass, const Codec<V> &codec, 
     return most_bytes;
 }
 
-template <class Isa>
-static size_t run_dtype(const Problem &problem, Pass pass, const Workers &workers, void *memory) {
+template <class V>
+static size_t run_window_product(const WindowProduct &given, const Codec<V> &codec, const Workers &workers,
+                                 void *memory) {
+    WindowProduct problem = given;
+    if (problem.product == Product::transposed) {
+        // The ring holds, beside the queries, the entries that a block pairs with them.
+        problem.value_channels = max_rows(V::registers) * problem.axis[2].kernel;
+        const PlanOptions options = options_for<V>(Side::key, false, workers.count);
+        return run_pass<V, TransposedWorker<V>>(problem, options, codec, workers, false, memory);
+    }
+    const PlanOptions options = options_for<V>(Side::query, false, workers.count);
+    if (problem.product == Product::score)
+        return run_pass<V, ScoreWorker<V>>(problem, options, codec, workers, false, memory);
+    return run_pass<V, WeighWorker<V>>(problem, options, codec, workers, false, memory);
+}
+
+// Calls body(codec) with the compute type and the element type that go with the dtype.
+template <class Isa, class Body>
+LOCALATTN_INLINE size_t with_codec(Dtype dtype, const Body &body) {
     using Single = Vector<Isa, float>;
     using Double = Vector<Isa, double>;
-    switch (problem.dtype) {
+    switch (dtype) {
         case Dtype::float64:
-            return run_all<Double>(problem, pass, make_codec<Double, double>(), workers, memory);
+            return body(make_codec<Double, double>());
         case Dtype::float16:
-            return run_all<Single>(problem, pass, make_codec<Single, float16>(), workers, memory);
+            return body(make_codec<Single, float16>());
         case Dtype::bfloat16:
-            return run_all<Single>(problem, pass, make_codec<Single, bfloat16>(), workers, memory);
+            return body(make_codec<Single, bfloat16>());
         default:
-            return run_all<Single>(problem, pass, make_codec<Single, float>(), workers, memory);
+            return body(make_codec<Single, float>());
     }
+}
+
+template <class Isa>
+static size_t run_dtype(const Problem &problem, Pass pass, const Workers &workers, void *memory) {
+    return with_codec<Isa>(problem.dtype,
+                           [&](const auto &codec) { return run_all(problem, pass, codec, workers, memory); });
 }
 
 static const char *declines_nothing(const Problem &, Pass) { return nullptr; }
@@ -139,5 +163,34 @@ template <class Isa>
 static void run(const Problem &problem, Pass pass, const Workers &workers, void *memory) {
     run_dtype<Isa>(problem, pass, workers, memory);
 }
+
+// The operations other than attention, for the variant's record.
+template <class Isa>
+struct Operators {
+    static size_t window_product(const WindowProduct &problem, const Workers &workers, void *memory) {
+        return with_codec<Isa>(problem.dtype,
+                               [&](const auto &codec) { return run_window_product(problem, codec, workers, memory); });
+    }
+};
+
+// A kernel of the record from a function that runs a problem or, without memory, measures what it needs.
+template <class OneProblem, size_t (*run)(const OneProblem &, const Workers &, void *)>
+struct KernelOf {
+    static size_t workspace(const OneProblem &problem, int32_t count) {
+        Workers workers;
+        workers.count = count;
+        return run(problem, workers, nullptr);
+    }
+    static void start(const OneProblem &problem, const Workers &workers, void *memory) {
+        run(problem, workers, memory);
+    }
+};
+
+template <class Isa>
+struct Records {
+    static constexpr Kernel<WindowProduct> window_product{
+        KernelOf<WindowProduct, Operators<Isa>::window_product>::workspace,
+        KernelOf<WindowProduct, Operators<Isa>::window_product>::start};
+};
 
 }  // namespace localattn::cpu

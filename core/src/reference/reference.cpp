@@ -10,17 +10,15 @@
 #include <cmath>
 #include <limits>
 
-#include "../scalar.h"
-#include "../variant.h"
 #include "../window.h"
+#include "operators.h"
+#include "walk.h"
 
 namespace localattn {
 
 namespace {
 
-struct Position {
-    int64_t axis[3];
-};
+using namespace reference;
 
 // What an entry of a query's window is.
 enum class Entry { absent, zero, key };
@@ -67,49 +65,12 @@ private:
     int64_t query_count() const { return p_.batch * p_.axis[0].queries * p_.axis[1].queries * p_.axis[2].queries; }
     int64_t key_count() const { return p_.batch * p_.axis[0].keys * p_.axis[1].keys * p_.axis[2].keys; }
 
-    // Takes the last, fastest digit off a mixed-radix number.
-    static int64_t digit(int64_t &number, int64_t radix) {
-        const int64_t last = number % radix;
-        number /= radix;
-        return last;
-    }
-
     Row row_of(int64_t number) const {
         Row row;
         row.head = digit(number, p_.heads);
         for (int a = 2; a >= 0; --a) row.query.axis[a] = digit(number, p_.axis[a].queries);
         row.batch = number;
         return row;
-    }
-
-    // Calls visit(i, worker) for i in [0, count), each worker on a range of its own.
-    template <class Visit>
-    static void each(const Workers &workers, int64_t count, const Visit &visit) {
-        struct Job {
-            const Visit &visit;
-            int64_t count, workers;
-        } job{visit, count, std::min<int64_t>(workers.count, count)};
-        const auto body = [](void *argument, int32_t worker) {
-            const Job &j = *static_cast<const Job *>(argument);
-            const int64_t share = (j.count + j.workers - 1) / j.workers;
-            const int64_t end = std::min(j.count, (worker + 1) * share);
-            for (int64_t i = worker * share; i < end; ++i) j.visit(i, worker);
-        };
-        workers.run(workers, static_cast<int32_t>(job.workers), body, &job);
-    }
-
-    static int64_t at(const Tensor &t, int64_t batch, const Position &x, int64_t head) {
-        return batch * t.batch + x.axis[0] * t.axis[0] + x.axis[1] * t.axis[1] + x.axis[2] * t.axis[2] + head * t.head;
-    }
-
-    template <class Element>
-    static double load(const Tensor &t, int64_t offset) {
-        return load_as<double>(static_cast<const Element *>(t.data) + offset);
-    }
-
-    template <class Element>
-    static void store(const Tensor &t, int64_t offset, double x) {
-        store_from(x, static_cast<Element *>(t.data) + offset);
     }
 
     Windows windows_of(const Position &query) const {
@@ -449,6 +410,7 @@ void run(const Problem &p, Pass pass, const Workers &workers, void *workspace) {
 
 extern const Variant reference_variant;
 const Variant reference_variant = {
-    "reference", "slow and obviously right, accumulating in double", 0, declines, workspace, run};
+    "reference", "slow and obviously right, accumulating in double", 0, declines, workspace, run,
+    {window_product_workspace, run_window_product}};
 
 }  // namespace localattn

@@ -65,6 +65,7 @@ const Variant avx2_variant = {
     cpu::declines_nothing,
     cpu::workspace<Avx2>,
     cpu::run<Avx2>,
+    cpu::Records<Avx2>::window_product,
 };
 
 }  // namespace localattn

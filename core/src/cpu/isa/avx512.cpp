@@ -87,6 +87,7 @@ const Variant avx512_variant = {
     cpu::declines_nothing,
     cpu::workspace<Avx512>,
     cpu::run<Avx512>,
+    cpu::Records<Avx512>::window_product,
 };
 
 }  // namespace localattn

@@ -46,7 +46,7 @@ struct Portable {
 extern const Variant portable_variant;
 const Variant portable_variant = {
     "portable",         "fused, 4 queries a register, any machine", 0, cpu::declines_nothing, cpu::workspace<Portable>,
-    cpu::run<Portable>,
+    cpu::run<Portable>, cpu::Records<Portable>::window_product,
 };
 
 }  // namespace localattn
