@@ -109,6 +109,8 @@ void lane_missing(Buffers b) {
     if (!b.broken || thread_index() % 32 != 5) b.results[thread_index()] = uint32_t(shuffle_xor(1.f, 1));
 }
 
+void not_uniform(Buffers b) { b.results[thread_index()] = uint32_t(uniform(b.broken ? thread_index() / 16 : 3)); }
+
 void matrix_row_outside(Buffers b) {
     for (int i = 0; i < 4; i++)
         store_shared(shared_memory() + 4 * SharedAddress(4 * thread_index() + i), uint32_t(thread_index()));
@@ -173,6 +175,7 @@ int main() {
     check("barrier in a branch", half_a_barrier, "deadlock");
     check("divergent collective", divergent, "diverged");
     check("lane missing from a shuffle", lane_missing, "deadlock");
+    check("uniform value that is none", not_uniform, "uniform value differs");
     check("matrix row outside", matrix_row_outside, "out of bounds");
 
     uint32_t results[threads] = {};

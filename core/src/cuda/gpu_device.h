@@ -20,6 +20,8 @@ GPU_FUNCTION void synchronize() { __syncthreads(); }
 
 GPU_FUNCTION bool any_in_warp(bool condition) { return __any_sync(~0u, condition); }
 GPU_FUNCTION float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
+// A value that is the same in all lanes, so that the compiler knows it, too: branches on it need no convergence.
+GPU_FUNCTION int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 // A butterfly: the same bits in every lane.
 template <class Real>
 GPU_FUNCTION Real warp_sum(Real value) {

@@ -155,7 +155,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
                 }
                 uint32_t by_score[C::patches][4];
                 GPU_UNROLL for (int p = 0; p < C::patches; ++p) {
-                    window.mask(score[p], p, column);  // always: to know which need none takes the last registers
+                    if (!window.rows_common || !all_see(column_box[p], column)) window.mask(score[p], p, column);
                     GPU_UNROLL for (int n = 0; n < 2; ++n)
                         GPU_UNROLL for (int i = 0; i < 4; ++i)
                             to_gradients(score[p], by_weight[p], n, i, a.scale * log2_of_e, statistics[p][i / 2]);

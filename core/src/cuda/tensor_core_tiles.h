@@ -37,15 +37,15 @@ struct Tile {
     static int64_t shared_bytes(int64_t columns) { return 2 * columns * column_bytes; }  // of both stages
 };
 
-// Which keys the 4 queries of a patch see along one axis (or which queries see its 4 keys, in the backward).
+// Which keys the 4 queries of a warp's patch see along one axis (or which queries see its 4 keys, in the backward).
 struct Box {
     Range all, common;  // by any, by every
 
     Box() = default;
     GPU_METHOD Box(const TileAxis &axis, const Section &section, int first) {
         const Range low = section.range(axis, first), high = section.range(axis, first + 3);
-        all = {low.begin, high.end};
-        common = {high.begin, low.end};
+        all = {uniform(low.begin), uniform(high.end)};
+        common = {uniform(high.begin), uniform(low.end)};
     }
 };
 
@@ -105,7 +105,7 @@ struct WarpTile {
     bool works;       // else its places all lie outside the map
 
     GPU_METHOD WarpTile(const Section &rows, const Section &columns) {
-        const int warp = thread_index() / warp_size;
+        const int warp = uniform(thread_index() / warp_size);
         row = 4 * (warp / C::warp_columns);
         column = 4 * C::patches * (warp % C::warp_columns);
         works = rows.first_query + row < rows.queries && columns.first_query + column < columns.queries;

@@ -18,7 +18,9 @@ template <>
 struct ForwardTile<128> : Tile<128, 2, 2, 1, 2, 2> {};
 
 template <int width>
-struct GradQueryTile : Tile<width, 2, 2, width == 128 ? 1 : 2, 1, 2> {};
+struct GradQueryTile : Tile<width, 2, 4, 1, 1, 1> {};
+template <>
+struct GradQueryTile<32> : Tile<32, 2, 2, 2, 1, 2> {};
 
 template <int width>
 struct GradKeyTile : Tile<width, 2, 4, 1, 1, 1> {};

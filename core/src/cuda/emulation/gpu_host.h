@@ -27,6 +27,9 @@ namespace emulation {
 struct Vote {
     bool condition, any;
 };
+struct Uniform {
+    int value, line;
+};
 struct Shuffle {
     float value;
     int lanes;
@@ -104,6 +107,19 @@ GPU_FUNCTION bool any_in_warp(bool condition, int line = __builtin_LINE()) {
         },
         line);
     return vote.any;
+}
+// A value that must be the same in all lanes.
+GPU_FUNCTION int uniform(int value, int line = __builtin_LINE()) {
+    emulation::Uniform uniform{value, line};
+    emulation::Machine::current().collective<emulation::Uniform>(
+        uniform,
+        [](emulation::Uniform *const *lanes) {
+            for (int i = 1; i < warp_size; i++)
+                if (lanes[i]->value != lanes[0]->value)
+                    emulation::Machine::current().fail("a uniform value differs between lanes", lanes[i]->line);
+        },
+        line);
+    return value;
 }
 GPU_FUNCTION float shuffle_xor(float value, int lanes, int line = __builtin_LINE()) {
     emulation::Shuffle shuffle{value, lanes, 0};
