@@ -2,7 +2,7 @@
 #pragma once
 #include "gpu_types.h"
 
-#define GPU_KERNEL static __global__
+#define GPU_KERNEL [[maybe_unused]] static __global__
 #define GPU_FUNCTION static __device__ __forceinline__
 #define GPU_METHOD __device__ __forceinline__
 #define GPU_ARGUMENT const __grid_constant__

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#define GPU_KERNEL static
+#define GPU_KERNEL [[maybe_unused]] static
 #define GPU_FUNCTION static inline
 #define GPU_METHOD inline
 #define GPU_ARGUMENT const
