@@ -6,7 +6,7 @@
 // the strip. So a row of k keys costs the strip k+3 loads instead of 4k, and no row is visited that the warp does not see.
 // The slices' partial scores meet by shuffles.
 //
-// Two strips read shared memory at the same time, 16 slots apart: the phase sends them to different halves of the banks.
+// Two strips read shared memory at the same time, `queries` columns apart: the phase sends them to different halves of the banks.
 #pragma once
 #include "stages.h"
 
@@ -20,13 +20,13 @@ struct SimtTile {
     static constexpr int threads = warp_size * warps_;
     static constexpr int query_rows = warps_, query_columns = strips * queries;
     static constexpr int slot_bytes = 4 * width, units = width / 4;
-    static constexpr int stage_rows = 4;
+    static constexpr int stage_rows = 1;  // a row of wide channels is as much as shared memory holds twice, everywhere
     static constexpr int spare_columns = keys - 1;  // a strip's last step may run past its box
     static constexpr int column_bytes = 2 * stage_rows * slot_bytes;
     static_assert(threads % units == 0, "a thread copies one unit of every slot it visits");
     static_assert(channels % 4 == 0 && units >= 8, "the phase and the slices are made of units");
 
-    GPU_METHOD static constexpr int phase(int slot) { return slot / 16 % 2 * 4; }
+    GPU_METHOD static constexpr int phase(int slot) { return slot / (queries * stage_rows) % 2 * 4; }
     static int64_t shared_bytes(int64_t columns) { return 2 * columns * column_bytes; }
 };
 
