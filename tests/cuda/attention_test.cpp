@@ -15,9 +15,9 @@
 #include <type_traits>
 
 #include "brute_force.h"
-#include "scalar.h"
 #include "cuda/variant.h"
 #include "device_memory.h"
+#include "scalar.h"
 #include "window.h"
 
 using namespace localattn;
@@ -31,10 +31,14 @@ bool chance(Random &random, double probability) { return std::bernoulli_distribu
 
 double half_step(Dtype dtype) {  // of rounding, relative
     switch (dtype) {
-        case Dtype::float64: return 1.1e-16;
-        case Dtype::float32: return 6e-8;
-        case Dtype::float16: return 4.9e-4;
-        case Dtype::bfloat16: return 3.9e-3;
+        case Dtype::float64:
+            return 1.1e-16;
+        case Dtype::float32:
+            return 6e-8;
+        case Dtype::float16:
+            return 4.9e-4;
+        case Dtype::bfloat16:
+            return 3.9e-3;
     }
     return 0;
 }
@@ -47,15 +51,19 @@ const char *name_of(Dtype dtype) {
 template <class Visit>
 void with_type(Dtype dtype, Visit visit) {
     switch (dtype) {
-        case Dtype::float32: return visit(float());
-        case Dtype::float64: return visit(double());
-        case Dtype::float16: return visit(float16());
-        case Dtype::bfloat16: return visit(bfloat16());
+        case Dtype::float32:
+            return visit(float());
+        case Dtype::float64:
+            return visit(double());
+        case Dtype::float16:
+            return visit(float16());
+        case Dtype::bfloat16:
+            return visit(bfloat16());
     }
 }
 
-// A tensor of six axes (batch, three spatial, head, channel) in memory: any order of axes, gaps between them, starting at
-// any element; broadcast axes have stride 0.
+// A tensor of six axes (batch, three spatial, head, channel) in memory: any order of axes, gaps between them, starting
+// at any element; broadcast axes have stride 0.
 class Stored {
 public:
     Dtype dtype = Dtype::float32;
@@ -68,7 +76,8 @@ public:
     int size_of_element() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
     // `aligned`: channels last and contiguous, and every stride and the start a multiple of 16 bytes.
-    void lay_out(Random &random, Dtype type, std::vector<int> extents, const std::vector<bool> &broadcast, bool aligned) {
+    void lay_out(Random &random, Dtype type, std::vector<int> extents, const std::vector<bool> &broadcast,
+                 bool aligned) {
         dtype = type;
         present = true;
         std::copy(extents.begin(), extents.end(), extent);
@@ -119,8 +128,10 @@ public:
     }
     void set(int64_t at, double value) {
         with_type(dtype, [&](auto element) {
-            if constexpr (std::is_same_v<decltype(element), double>) element = value;
-            else narrow(float(value), element);
+            if constexpr (std::is_same_v<decltype(element), double>)
+                element = value;
+            else
+                narrow(float(value), element);
             std::memcpy(memory.data() + size_t(at) * sizeof element, &element, sizeof element);
         });
     }
@@ -195,7 +206,8 @@ void draw(Random &random, Trial &t) {
     const int k0 = s.axis[0].keys, k1 = s.axis[1].keys, k2 = s.axis[2].keys;
     const std::vector<bool> whole(6, false);
     const Dtype wide = dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;
-    const auto input = [&](Stored &stored, Dtype type, std::vector<int> extents, std::vector<bool> broadcast, bool aligned) {
+    const auto input = [&](Stored &stored, Dtype type, std::vector<int> extents, std::vector<bool> broadcast,
+                           bool aligned) {
         stored.lay_out(random, type, extents, broadcast, aligned);
         stored.fill(random, 1);
     };
@@ -221,7 +233,8 @@ void draw(Random &random, Trial &t) {
     result(t.grad_key, dtype, std::vector<int>(t.key.extent, t.key.extent + 6), whole);
     result(t.grad_value, dtype, std::vector<int>(t.value.extent, t.value.extent + 6), whole);
     const double bias_chance = tiled ? 0.04 : 0.3;
-    const auto biased = [&](Stored &stored, Stored &gradient, std::vector<int> extents, const std::vector<bool> &broadcast) {
+    const auto biased = [&](Stored &stored, Stored &gradient, std::vector<int> extents,
+                            const std::vector<bool> &broadcast) {
         input(stored, dtype, extents, broadcast, false);
         result(gradient, wide, extents, broadcast);
     };
@@ -263,7 +276,8 @@ void draw(Random &random, Trial &t) {
     p.batch = b, p.heads = h, p.kv_heads = s.kv_heads, p.channels = s.channels, p.value_channels = s.value_channels;
     for (int a = 0; a < 3; a++) {
         const brute_force::Axis &x = s.axis[a];
-        p.axis[a].queries = x.queries, p.axis[a].keys = x.keys, p.axis[a].kernel = x.kernel, p.axis[a].stride = x.stride;
+        p.axis[a].queries = x.queries, p.axis[a].keys = x.keys, p.axis[a].kernel = x.kernel,
+        p.axis[a].stride = x.stride;
         p.axis[a].dilation = x.dilation, p.axis[a].causal = x.causal;
         p.axis[a].border = x.border == 'm' ? Border::mask : x.border == 'z' ? Border::zero : Border::shift;
     }
@@ -279,21 +293,23 @@ void draw(Random &random, Trial &t) {
     p.grad_output = t.grad_output.tensor(), p.grad_lse = t.grad_lse.tensor(), p.grad_query = t.grad_query.tensor();
     p.grad_key = t.grad_key.tensor(), p.grad_value = t.grad_value.tensor(), p.grad_bias = t.grad_bias.tensor();
     p.grad_rel_pos_bias = t.grad_table.tensor();
-    for (int a = 0; a < 3; a++) p.axis_bias[a] = t.axis_bias[a].tensor(), p.grad_axis_bias[a] = t.grad_axis_bias[a].tensor();
+    for (int a = 0; a < 3; a++)
+        p.axis_bias[a] = t.axis_bias[a].tensor(), p.grad_axis_bias[a] = t.grad_axis_bias[a].tensor();
 }
 
 std::string describe(const Trial &t) {
     const brute_force::Shape &s = t.shape;
     char text[512];
-    int n = std::snprintf(text, sizeof text, "%s batch %d heads %d/%d channels %d/%d", name_of(t.problem.dtype), s.batch, s.heads,
-                          s.kv_heads, s.channels, s.value_channels);
+    int n = std::snprintf(text, sizeof text, "%s batch %d heads %d/%d channels %d/%d", name_of(t.problem.dtype),
+                          s.batch, s.heads, s.kv_heads, s.channels, s.value_channels);
     for (int a = 3 - t.problem.rank; a < 3; a++) {
         const brute_force::Axis &x = s.axis[a];
-        n += std::snprintf(text + n, sizeof text - size_t(n), " [%d queries %d keys k%d s%d d%d%s %c]", x.queries, x.keys, x.kernel,
-                           x.stride, x.dilation, x.causal ? " causal" : "", x.border);
+        n += std::snprintf(text + n, sizeof text - size_t(n), " [%d queries %d keys k%d s%d d%d%s %c]", x.queries,
+                           x.keys, x.kernel, x.stride, x.dilation, x.causal ? " causal" : "", x.border);
     }
-    std::snprintf(text + n, sizeof text - size_t(n), "%s%s%s%s%s", s.raster ? " raster" : "", t.bias.present ? " bias" : "",
-                  t.table.present ? " table" : "", t.mask_bytes.empty() ? "" : " mask", t.grad_lse.present ? " grad_lse" : "");
+    std::snprintf(text + n, sizeof text - size_t(n), "%s%s%s%s%s", s.raster ? " raster" : "",
+                  t.bias.present ? " bias" : "", t.table.present ? " table" : "", t.mask_bytes.empty() ? "" : " mask",
+                  t.grad_lse.present ? " grad_lse" : "");
     return text;
 }
 
@@ -305,7 +321,8 @@ double judge(const Stored &stored, const std::vector<double> &expected, double r
     std::map<int64_t, double> sums;  // what a broadcast gradient sums over
     Stored owned = stored;
     for (int axis = 0; axis < 6; axis++)
-        if (!owned.stride[axis]) owned.extent[axis] = 1;  // an axis that the tensor does not have, even if its extent is 0
+        if (!owned.stride[axis])
+            owned.extent[axis] = 1;  // an axis that the tensor does not have, even if its extent is 0
     owned.each([&](int64_t at, int64_t) { sums[at] = 0; });
     stored.each([&](int64_t at, int64_t i) { sums[at] += expected[size_t(i)]; });
     double largest = magnitude, worst = 0;
@@ -333,7 +350,8 @@ void expect(const Trial &t, const char *variant, unsigned seed, const char *what
     worst_seen[key] = std::max(worst_seen[key], error);
     if (error <= 1) return;
     failures++;
-    std::printf("FAIL %s, %s off by %.3g of what is allowed, seed %u: %s\n", variant, what, error, seed, describe(t).c_str());
+    std::printf("FAIL %s, %s off by %.3g of what is allowed, seed %u: %s\n", variant, what, error, seed,
+                describe(t).c_str());
 }
 
 void run_pass(const cuda::Variant &variant, Trial &t, Pass pass, unsigned seed) {
@@ -389,8 +407,8 @@ void check(const cuda::Variant &variant, Trial t, unsigned seed, bool forward, b
             t.lse.each([&](int64_t at, int64_t i) { t.lse.set(at, t.expected.lse[size_t(i)]); });
         }
         run_pass(variant, t, Pass::backward, seed);
-        repeat(Pass::backward, {&t.grad_query, &t.grad_key, &t.grad_value, &t.grad_bias, &t.grad_table, &t.grad_axis_bias[0],
-                                &t.grad_axis_bias[1], &t.grad_axis_bias[2]});
+        repeat(Pass::backward, {&t.grad_query, &t.grad_key, &t.grad_value, &t.grad_bias, &t.grad_table,
+                                &t.grad_axis_bias[0], &t.grad_axis_bias[1], &t.grad_axis_bias[2]});
         expect(t, variant.name, seed, "grad_query", judge(t.grad_query, t.expected.grad_query, gradients));
         // A key read for every batch has one gradient for each: nothing is summed.
         expect(t, variant.name, seed, "grad_key", judge(t.grad_key, t.expected.grad_key, gradients));
@@ -436,7 +454,8 @@ int main(int argc, char **argv) {
             check(variant, trial, seed, forward, backward);
         }
     }
-    for (const auto &[name, error] : worst_seen) std::printf("  worst %-50s %.3f of what is allowed\n", name.c_str(), error);
+    for (const auto &[name, error] : worst_seen)
+        std::printf("  worst %-50s %.3f of what is allowed\n", name.c_str(), error);
     for (const auto &[name, count] : taken) std::printf("  %s took %d\n", name.c_str(), count);
     std::printf("%d failures\n", failures);
     return failures != 0;

@@ -1,5 +1,5 @@
-// Window attention and its gradients in float64, written from the words of localattn.h and from nothing else: no code is
-// shared with the library. Slow; every entry of every window is listed.
+// Window attention and its gradients in float64, written from the words of localattn.h and from nothing else: no code
+// is shared with the library. Slow; every entry of every window is listed.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -93,7 +93,10 @@ inline Results attention(const Shape &p, const Inputs &in) {
                 for (int entry = 0; entry < entries; entry++) {
                     if (keys == 0 || (p.raster && entry > entries / 2)) break;
                     Seen e{{entry / x[2].kernel / x[1].kernel, entry / x[2].kernel % x[1].kernel, entry % x[2].kernel},
-                           entry, 0, 0, 0};
+                           entry,
+                           0,
+                           0,
+                           0};
                     bool absent = false, is_key = true;
                     long position = 0;
                     for (int a = 0; a < 3; a++) {

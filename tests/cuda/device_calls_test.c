@@ -1,5 +1,5 @@
-/* What a CUDA call answers where it cannot run: on a build for the CPU alone, and on a machine without a driver. The same
- * program passes where there is a GPU, if the call then succeeds. */
+/* What a CUDA call answers where it cannot run: on a build for the CPU alone, and on a machine without a driver. The
+ * same program passes where there is a GPU, if the call then succeeds. */
 #include <stdio.h>
 #include <string.h>
 
@@ -50,11 +50,14 @@ int main(void) {
         expect(strncmp(name, "cuda_", 5) == 0, "a device takes the call");
         return failures != 0;
     }
-    expect(status == (LOCALATTN_HAS_CUDA ? LOCALATTN_DEVICE_ERROR : LOCALATTN_UNSUPPORTED), "the status tells which is missing");
-    expect(strstr(localattn_last_error(), "install") || strstr(localattn_last_error(), "driver"), "the text tells what to do");
+    expect(status == (LOCALATTN_HAS_CUDA ? LOCALATTN_DEVICE_ERROR : LOCALATTN_UNSUPPORTED),
+           "the status tells which is missing");
+    expect(strstr(localattn_last_error(), "install") || strstr(localattn_last_error(), "driver"),
+           "the text tells what to do");
     expect(localattn_attention_forward(&context, &params) == status, "forward answers the same");
     expect(localattn_attention_backward(&context, &params) != LOCALATTN_OK, "backward fails");
-    expect(localattn_attention_workspace_size(&context, &params, LOCALATTN_FORWARD, &size) == status, "so does the query");
+    expect(localattn_attention_workspace_size(&context, &params, LOCALATTN_FORWARD, &size) == status,
+           "so does the query");
 
     context.device_type = LOCALATTN_CPU;
     expect(localattn_attention_forward(&context, &params) == LOCALATTN_OK, "the CPU still computes");

@@ -63,8 +63,10 @@ void pipeline(Buffers b) {
     copy_commit();
     if (thread_index() < 16) copy_async(second + 16 * SharedAddress(thread_index()), b.source, false);
     copy_commit();
-    if (b.broken) copy_wait<2>();
-    else copy_wait<1>();
+    if (b.broken)
+        copy_wait<2>();
+    else
+        copy_wait<1>();
     synchronize();
     const uint32_t one = load_shared(first + 4 * SharedAddress(thread_index()));
     copy_wait<0>();
@@ -100,8 +102,10 @@ void half_a_barrier(Buffers b) {
 
 void divergent(Buffers b) {
     bool any = false;
-    if (b.broken && thread_index() % 2) any = any_in_warp(true);
-    else any = any_in_warp(true);
+    if (b.broken && thread_index() % 2)
+        any = any_in_warp(true);
+    else
+        any = any_in_warp(true);
     b.results[thread_index()] = any;
 }
 

@@ -48,7 +48,8 @@ int main() {
     cuda::test_device();
     cuda::DeviceVector<uint16_t> source(512);
     cuda::DeviceVector<uint32_t> words(size_t(words_a_lane) * warp_size, 0xdeadbeef);
-    for (uint32_t i = 0; i < 512; ++i) source[i] = uint16_t(0x3f80 + (i * 2654435761u >> 20) % 64);  // 1 + n/128 in bfloat16
+    for (uint32_t i = 0; i < 512; ++i)
+        source[i] = uint16_t(0x3f80 + (i * 2654435761u >> 20) % 64);  // 1 + n/128 in bfloat16
     const char *error = launch(probe, {1, 1, 1}, warp_size, 1024, nullptr, Probe{source.data(), words.data()});
     if (!error) error = cuda::finish();
     if (error) {

@@ -32,9 +32,9 @@ struct Shape {
 };
 
 constexpr Shape shapes[] = {
-    {Dtype::bfloat16, 4, 8, 64, 128, 7},   {Dtype::bfloat16, 4, 8, 64, 128, 13}, {Dtype::bfloat16, 4, 8, 64, 128, 21},
-    {Dtype::float16, 4, 8, 64, 128, 13},   {Dtype::bfloat16, 4, 8, 32, 128, 13}, {Dtype::bfloat16, 4, 8, 128, 128, 13},
-    {Dtype::bfloat16, 1, 24, 128, 256, 80}, {Dtype::float32, 1, 1, 64, 128, 5},  {Dtype::float32, 8, 1, 64, 128, 11},
+    {Dtype::bfloat16, 4, 8, 64, 128, 7},    {Dtype::bfloat16, 4, 8, 64, 128, 13}, {Dtype::bfloat16, 4, 8, 64, 128, 21},
+    {Dtype::float16, 4, 8, 64, 128, 13},    {Dtype::bfloat16, 4, 8, 32, 128, 13}, {Dtype::bfloat16, 4, 8, 128, 128, 13},
+    {Dtype::bfloat16, 1, 24, 128, 256, 80}, {Dtype::float32, 1, 1, 64, 128, 5},   {Dtype::float32, 8, 1, 64, 128, 11},
     {Dtype::float32, 1, 1, 64, 128, 21},
 };
 
@@ -67,8 +67,8 @@ struct Set {
         }
         problem.scale = 1 / std::sqrt(double(s.channels));
         const size_t places = size_t(s.batch) * size_t(s.heads) * size_t(s.side) * size_t(s.side);
-        for (Tensor *t : {&problem.query, &problem.key, &problem.value, &problem.grad_output, &problem.output, &problem.grad_query,
-                          &problem.grad_key, &problem.grad_value})
+        for (Tensor *t : {&problem.query, &problem.key, &problem.value, &problem.grad_output, &problem.output,
+                          &problem.grad_query, &problem.grad_key, &problem.grad_value})
             *t = dense(s, take(places * size_t(s.channels) * bytes_of(s.dtype)));
         problem.lse = dense(s, take(places * sizeof(float)));
         problem.lse.head = 1;
@@ -90,9 +90,12 @@ struct Set {
             for (size_t i = 0; i < count; ++i) {
                 state = state * 1664525u + 1013904223u;
                 const float value = float(int32_t(state)) * 0x1p-30f;
-                if (s.dtype == Dtype::float32) reinterpret_cast<float *>(host.data())[i] = value;
-                else if (s.dtype == Dtype::float16) narrow(value, reinterpret_cast<float16 *>(host.data())[i]);
-                else narrow(value, reinterpret_cast<bfloat16 *>(host.data())[i]);
+                if (s.dtype == Dtype::float32)
+                    reinterpret_cast<float *>(host.data())[i] = value;
+                else if (s.dtype == Dtype::float16)
+                    narrow(value, reinterpret_cast<float16 *>(host.data())[i]);
+                else
+                    narrow(value, reinterpret_cast<bfloat16 *>(host.data())[i]);
             }
             check(cudaMemcpy(t->data, host.data(), host.size(), cudaMemcpyHostToDevice));
         }
@@ -143,13 +146,16 @@ int main(int argc, char **argv) {
     void *from = nullptr, *to = nullptr;
     check(cudaMalloc(&from, copied));
     check(cudaMalloc(&to, copied));
-    const double copy_ms = median_ms(repetitions, [&](int) { check(cudaMemcpyAsync(to, from, copied, cudaMemcpyDeviceToDevice)); });
+    const double copy_ms =
+        median_ms(repetitions, [&](int) { check(cudaMemcpyAsync(to, from, copied, cudaMemcpyDeviceToDevice)); });
     cudaFree(from);
     cudaFree(to);
     const double bandwidth = 2 * double(copied) / copy_ms / 1e6;  // GB/s
     std::printf("%s, %d multiprocessors, copy %.0f GB/s\n", properties.name, properties.multiProcessorCount, bandwidth);
-    std::printf("| dtype | batch x heads x channels | map | k | variant | forward ms | TFLOP/s | x copy time | backward ms | TFLOP/s |\n"
-                "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    std::printf(
+        "| dtype | batch x heads x channels | map | k | variant | forward ms | TFLOP/s | x copy time | backward ms | "
+        "TFLOP/s |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n");
     for (const Shape &s : shapes) {
         std::vector<Set> sets;
         for (int i = 0; i < 3; ++i) sets.emplace_back(s);
@@ -160,7 +166,8 @@ int main(int argc, char **argv) {
             const cuda::Variant &variant = *cuda::variants[v];
             const Problem &problem = sets[0].problem;
             if (device.capability < variant.capability) continue;
-            if (variant.declines(problem, Pass::forward, device) || variant.declines(problem, Pass::backward, device)) continue;
+            if (variant.declines(problem, Pass::forward, device) || variant.declines(problem, Pass::backward, device))
+                continue;
             if (s.kernel > 40 && std::string(variant.name) == "cuda_generic") continue;  // a minute a call
             void *workspace = nullptr;
             check(cudaMalloc(&workspace, std::max(variant.workspace(problem, Pass::backward), size_t(8))));
@@ -175,8 +182,10 @@ int main(int argc, char **argv) {
             cudaFree(workspace);
             const double flop = 4 * pairs * s.channels;
             std::printf("| %s | %dx%dx%d | %dx%d | %d | %s | %.3f | %.1f | %.2f | %.3f | %.1f |\n",
-                        s.dtype == Dtype::float32 ? "float32" : s.dtype == Dtype::float16 ? "float16" : "bfloat16", s.batch,
-                        s.heads, s.channels, s.side, s.side, s.kernel, variant.name, ms[0], flop / ms[0] / 1e9,
+                        s.dtype == Dtype::float32   ? "float32"
+                        : s.dtype == Dtype::float16 ? "float16"
+                                                    : "bfloat16",
+                        s.batch, s.heads, s.channels, s.side, s.side, s.kernel, variant.name, ms[0], flop / ms[0] / 1e9,
                         ms[0] / floor_ms, ms[1], 2.5 * flop / ms[1] / 1e9);
             std::fflush(stdout);
         }

@@ -13,4 +13,5 @@ for _ in range(repetitions + 3):
     torch.cuda.synchronize()
     times.append(start.elapsed_time(stop))
 median = sorted(times[3:])[repetitions // 2]
-print(f"{torch.cuda.get_device_name()}: bfloat16 {n}x{n}x{n} matmul, median {median:.3f} ms, {2 * n**3 / median / 1e9:.0f} TFLOP/s")
+rate = 2 * n**3 / median / 1e9
+print(f"{torch.cuda.get_device_name()}: bfloat16 {n}x{n}x{n} matmul, median {median:.3f} ms, {rate:.0f} TFLOP/s")

@@ -33,13 +33,15 @@ Opened open_module() {
     Opened opened;
     if (!LOCALATTN_HAS_CUDA) {
         opened.problem =
-            "this localattn was built for the CPU alone; install a localattn package for CUDA (localattn-cu130, -cu128, "
+            "this localattn was built for the CPU alone; install a localattn package for CUDA (localattn-cu130, "
+            "-cu128, "
             "-cu126, -cu124 or -cu121), or build with -DLOCALATTN_CUDA=ON";
         return opened;
     }
     void *library = dlopen((own_folder() + module_file).c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) {
-        opened.problem = std::string(module_file) + ", which belongs beside liblocalattn, could not be opened: " + dlerror();
+        opened.problem =
+            std::string(module_file) + ", which belongs beside liblocalattn, could not be opened: " + dlerror();
         return opened;
     }
     const auto entry = reinterpret_cast<const Module *(*)()>(dlsym(library, module_symbol));
@@ -58,7 +60,8 @@ const Opened &opened() {
 }
 
 const Module &module() {
-    if (!opened().module) fail(LOCALATTN_UNSUPPORTED, "context.device_type is 1 (CUDA), but %s", opened().problem.c_str());
+    if (!opened().module)
+        fail(LOCALATTN_UNSUPPORTED, "context.device_type is 1 (CUDA), but %s", opened().problem.c_str());
     return *opened().module;
 }
 
@@ -107,7 +110,8 @@ const Variant &choose_variant(const Problem &problem, Pass pass, const localattn
         report.add(variant.name, reason);
     }
     if (is_forced)
-        fail(LOCALATTN_INVALID_ARGUMENT, "context.variant is \"%s\", but for CUDA this library has %s", forced, names.c_str());
+        fail(LOCALATTN_INVALID_ARGUMENT, "context.variant is \"%s\", but for CUDA this library has %s", forced,
+             names.c_str());
     fail(LOCALATTN_UNSUPPORTED, "no CUDA variant built into this library takes the problem");
 }
 
@@ -121,7 +125,8 @@ void attention(const Problem &problem, Pass pass, const localattn_context &conte
     const Variant &variant = choose_variant(problem, pass, context, unread);
     const size_t needed = variant.workspace(problem, pass);
     if (needed && !context.workspace)
-        fail(LOCALATTN_WORKSPACE_TOO_SMALL, "context.workspace is NULL, but a CUDA call needs %zu bytes of device memory", needed);
+        fail(LOCALATTN_WORKSPACE_TOO_SMALL,
+             "context.workspace is NULL, but a CUDA call needs %zu bytes of device memory", needed);
     check_workspace(context, needed);
     const Module &m = module();
     int32_t previous = 0, ignored = 0;
@@ -130,7 +135,9 @@ void attention(const Problem &problem, Pass pass, const localattn_context &conte
         wrong = variant.run(problem, pass, context.stream, context.workspace);
         if (previous != context.device_index) m.make_current(previous, &ignored);
     }
-    if (wrong) fail(LOCALATTN_DEVICE_ERROR, "device %d could not run the variant %s: %s", context.device_index, variant.name, wrong);
+    if (wrong)
+        fail(LOCALATTN_DEVICE_ERROR, "device %d could not run the variant %s: %s", context.device_index, variant.name,
+             wrong);
 }
 
 }  // namespace localattn::cuda

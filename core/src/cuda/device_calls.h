@@ -1,5 +1,5 @@
-// Calls on CUDA tensors, as liblocalattn makes them: opens the library of kernels, chooses a variant, runs it. What fails
-// is thrown (error.h), with a sentence that says what to install.
+// Calls on CUDA tensors, as liblocalattn makes them: opens the library of kernels, chooses a variant, runs it. What
+// fails is thrown (error.h), with a sentence that says what to install.
 #pragma once
 #include "../dispatch.h"
 #include "../problem.h"
@@ -14,7 +14,8 @@ const Variant &listed_variant(int32_t index);
 // NULL, or why device 0 cannot run the variant. As it was when first asked; lives as long as the library.
 const char *unavailable(const Variant &variant);
 
-// As choose_variant for the CPU: the first that the context's device can run and that takes the problem; a forced one must.
+// As choose_variant for the CPU: the first that the context's device can run and that takes the problem; a forced one
+// must.
 const Variant &choose_variant(const Problem &problem, Pass pass, const localattn_context &context, Report &report);
 
 size_t workspace_size(const Problem &problem, Pass pass, const localattn_context &context);

@@ -1,8 +1,8 @@
 // The generic kernels: every option, any architecture, one warp for each query or key. Simple and right; the yardstick
 // for the fast ones. Device and launches: arch/generic.cu. What a pair contributes: pair.h.
 //
-// A warp holds up to `chunk` channels of a result in registers and goes over its window once for each chunk, so widths to
-// 256 are computed in one pass and any other width is possible.
+// A warp holds up to `chunk` channels of a result in registers and goes over its window once for each chunk, so widths
+// to 256 are computed in one pass and any other width is possible.
 #pragma once
 #include "pair.h"
 #include "transposed_window.h"
@@ -14,9 +14,7 @@ constexpr int generic_warps = generic_threads / warp_size;
 constexpr int chunk_registers = 8;
 constexpr int64_t chunk = chunk_registers * warp_size;
 
-GPU_FUNCTION int64_t first_warp() {
-    return int64_t(block_index().x) * generic_warps + thread_index() / warp_size;
-}
+GPU_FUNCTION int64_t first_warp() { return int64_t(block_index().x) * generic_warps + thread_index() / warp_size; }
 GPU_FUNCTION int64_t warp_step() { return int64_t(grid_extent().x) * generic_warps; }
 
 // The chunk of a row of channels that a warp works on: lane l has channels first + l, first + l + 32, ...
@@ -26,21 +24,21 @@ struct Chunk {
     Real value[chunk_registers];
 
     GPU_METHOD explicit Chunk(int64_t from) : first(from) {
-        GPU_UNROLL for (int i = 0; i < chunk_registers; ++i) value[i] = 0;
+        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) value[i] = 0;
     }
     GPU_METHOD void scale(Real factor) {
-        GPU_UNROLL for (int i = 0; i < chunk_registers; ++i) value[i] *= factor;
+        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) value[i] *= factor;
     }
     template <class T>
     GPU_METHOD void add(Real factor, const T *row, int64_t stride, int64_t channels) {
-        GPU_UNROLL for (int i = 0; i < chunk_registers; ++i) {
+        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) {
             const int64_t c = first + i * warp_size + lane_index();
             if (c < channels) value[i] += factor * widen(row[c * stride]);
         }
     }
     template <class T>
     GPU_METHOD void write(T *row, int64_t stride, int64_t channels) const {
-        GPU_UNROLL for (int i = 0; i < chunk_registers; ++i) {
+        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) {
             const int64_t c = first + i * warp_size + lane_index();
             if (c < channels) narrow(value[i], row[c * stride]);
         }
@@ -67,7 +65,8 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_forward(GPU_ARGUMENT Prob
                 const Real weight = score == -Real(INFINITY) ? Real(0) : exponential(score - top);
                 total += weight;
                 if (entry.is_key)
-                    sum.add(weight, row_of<const T>(p.value, key_place(p, query, entry)), p.value.channel, p.value_channels);
+                    sum.add(weight, row_of<const T>(p.value, key_place(p, query, entry)), p.value.channel,
+                            p.value_channels);
             });
             // No entry, or every score -infinity: zeros. (A NaN total is not 0 and goes through.)
             if (total != 0) sum.scale(1 / total);
@@ -107,7 +106,8 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_query(GPU_ARGUMENT B
             for_each_entry(p, query, [&](const Entry &entry) {
                 PairGradient<Real> pair;
                 if (entry.is_key && pair_gradient<T>(p, query, entry, arguments.delta, pair))
-                    sum.add(pair.by_score, row_of<const T>(p.key, key_place(p, query, entry)), p.key.channel, p.channels);
+                    sum.add(pair.by_score, row_of<const T>(p.key, key_place(p, query, entry)), p.key.channel,
+                            p.channels);
             });
             sum.scale(Real(p.scale));
             sum.write(row_of<T>(p.grad_query, query.place), p.grad_query.channel, p.channels);
@@ -127,7 +127,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUME
         Place key;
         key.head = rest % p.kv_heads;
         rest /= p.kv_heads;
-        GPU_UNROLL for (int a = 2; a >= 0; --a) {
+        GPU_UNROLL_FOR (int a = 2; a >= 0; --a) {
             key.at[a] = rest % p.axis[a].keys;
             rest /= p.axis[a].keys;
         }
@@ -141,7 +141,8 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUME
                 PairGradient<Real> pair;
                 query.place.batch = key.batch;
                 if (!find_entry(p, query, at, entry)) return;
-                for (query.place.head = key.head * group; query.place.head < (key.head + 1) * group; ++query.place.head) {
+                for (query.place.head = key.head * group; query.place.head < (key.head + 1) * group;
+                     ++query.place.head) {
                     if (!pair_gradient<T>(p, query, entry, arguments.delta, pair)) return;
                     key_sum.add(pair.by_score, row_of<const T>(p.query, query.place), p.query.channel, p.channels);
                     value_sum.add(pair.weight, row_of<const T>(p.grad_output, query.place), p.grad_output.channel,
@@ -152,28 +153,30 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUME
                 query.place.at[0] = query0, query.window[0] = window0, at[0] = entry0;
                 for_each_query_of_key(p.axis[1], key.at[1], [&](int64_t query1, const Window &window1, int64_t entry1) {
                     query.place.at[1] = query1, query.window[1] = window1, at[1] = entry1;
-                    for_each_query_of_key(p.axis[2], key.at[2], [&](int64_t query2, const Window &window2, int64_t entry2) {
-                        query.place.at[2] = query2, query.window[2] = window2, at[2] = entry2;
-                        add_query();
-                    });
+                    for_each_query_of_key(p.axis[2], key.at[2],
+                                          [&](int64_t query2, const Window &window2, int64_t entry2) {
+                                              query.place.at[2] = query2, query.window[2] = window2, at[2] = entry2;
+                                              add_query();
+                                          });
                 });
             });
             key_sum.scale(Real(p.scale));
             if (p.grad_key.data) key_sum.write(row_of<T>(p.grad_key, key), p.grad_key.channel, p.channels);
-            if (p.grad_value.data) value_sum.write(row_of<T>(p.grad_value, key), p.grad_value.channel, p.value_channels);
+            if (p.grad_value.data)
+                value_sum.write(row_of<T>(p.grad_value, key), p.grad_value.channel, p.value_channels);
         }
     }
 }
 
-// The gradient of a bias, of any kind. Pairs are numbered by eight coordinates: batch, three query axes, head, and three
-// of the window (entries, or cells of the relative-position table). Along a coordinate whose stride is 0 the gradient is
-// summed; along the others it has elements of its own.
+// The gradient of a bias, of any kind. Pairs are numbered by eight coordinates: batch, three query axes, head, and
+// three of the window (entries, or cells of the relative-position table). Along a coordinate whose stride is 0 the
+// gradient is summed; along the others it has elements of its own.
 template <class T>
 struct BiasGradientArguments {
     BackwardArguments<T> backward;
     Accumulator<T> *gradient;
     int64_t extent[8], stride[8];
-    bool relative;            // the last three coordinates are cells of the table
+    bool relative;             // the last three coordinates are cells of the table
     int32_t warps_an_element;  // 1, or all of a block, which then share the sum
 };
 
@@ -182,14 +185,15 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_bias(GPU_ARGUMENT Bi
     using Real = Accumulator<T>;
     const Problem &p = arguments.backward.problem;
     int64_t elements = 1, terms = 1;
-    GPU_UNROLL for (int d = 0; d < 8; ++d) (arguments.stride[d] ? elements : terms) *= arguments.extent[d];
+    GPU_UNROLL_FOR (int d = 0; d < 8; ++d) (arguments.stride[d] ? elements : terms) *= arguments.extent[d];
     const int warp = thread_index() / warp_size, sharers = arguments.warps_an_element;
     const int64_t elements_a_block = generic_warps / sharers;
 
-    for (int64_t base = block_index().x * elements_a_block; base < elements; base += grid_extent().x * elements_a_block) {
+    for (int64_t base = block_index().x * elements_a_block; base < elements;
+         base += grid_extent().x * elements_a_block) {
         const int64_t element = base + warp / sharers;
         int64_t at[8], offset = 0, rest = element;
-        GPU_UNROLL for (int d = 7; d >= 0; --d) {
+        GPU_UNROLL_FOR (int d = 7; d >= 0; --d) {
             at[d] = 0;
             if (!arguments.stride[d]) continue;
             at[d] = rest % arguments.extent[d];
@@ -199,7 +203,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_bias(GPU_ARGUMENT Bi
         Real sum = 0;
         for (int64_t term = warp % sharers; element < elements && term < terms; term += sharers) {
             rest = term;
-            GPU_UNROLL for (int d = 7; d >= 0; --d) {
+            GPU_UNROLL_FOR (int d = 7; d >= 0; --d) {
                 if (arguments.stride[d]) continue;
                 at[d] = rest % arguments.extent[d];
                 rest /= arguments.extent[d];
@@ -208,7 +212,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_bias(GPU_ARGUMENT Bi
             query.place.batch = at[0];
             query.place.head = at[4];
             int64_t entry_at[3];
-            GPU_UNROLL for (int a = 0; a < 3; ++a) {
+            GPU_UNROLL_FOR (int a = 0; a < 3; ++a) {
                 query.place.at[a] = at[1 + a];
                 query.window[a] = window_of(p.axis[a], at[1 + a]);
                 entry_at[a] = at[5 + a];
@@ -217,7 +221,8 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_bias(GPU_ARGUMENT Bi
             }
             Entry entry;
             PairGradient<Real> pair;
-            if (find_entry(p, query, entry_at, entry) && pair_gradient<T>(p, query, entry, arguments.backward.delta, pair))
+            if (find_entry(p, query, entry_at, entry) &&
+                pair_gradient<T>(p, query, entry, arguments.backward.delta, pair))
                 sum += pair.by_score;
         }
         if (sharers > 1) {  // a block's partial sums, added in the order of its warps

@@ -32,12 +32,12 @@ template <class Real>
 GPU_FUNCTION void store_shared_number(SharedAddress to, Real value) {
     uint32_t words[sizeof(Real) / 4];
     memcpy(words, &value, sizeof value);
-    GPU_UNROLL for (SharedAddress i = 0; i < sizeof(Real) / 4; ++i) store_shared(to + 4 * i, words[i]);
+    GPU_UNROLL_FOR (SharedAddress i = 0; i < sizeof(Real) / 4; ++i) store_shared(to + 4 * i, words[i]);
 }
 template <class Real>
 GPU_FUNCTION Real load_shared_number(SharedAddress from) {
     uint32_t words[sizeof(Real) / 4];
-    GPU_UNROLL for (SharedAddress i = 0; i < sizeof(Real) / 4; ++i) words[i] = load_shared(from + 4 * i);
+    GPU_UNROLL_FOR (SharedAddress i = 0; i < sizeof(Real) / 4; ++i) words[i] = load_shared(from + 4 * i);
     Real value;
     memcpy(&value, words, sizeof value);
     return value;

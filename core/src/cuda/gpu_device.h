@@ -7,7 +7,7 @@
 #define GPU_METHOD __device__ __forceinline__
 #define GPU_ARGUMENT const __grid_constant__
 #define GPU_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define GPU_UNROLL _Pragma("unroll")
+#define GPU_UNROLL_FOR _Pragma("unroll") for
 #define GPU_TABLE __device__ const
 
 namespace localattn::gpu {
@@ -25,7 +25,7 @@ GPU_FUNCTION int uniform(int value) { return __shfl_sync(~0u, value, 0); }
 // A butterfly: the same bits in every lane.
 template <class Real>
 GPU_FUNCTION Real warp_sum(Real value) {
-    GPU_UNROLL for (int lanes = warp_size / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+    GPU_UNROLL_FOR (int lanes = warp_size / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
     return value;
 }
 
@@ -59,12 +59,12 @@ GPU_FUNCTION void load_matrix_transposed(uint32_t (&registers)[4], SharedAddress
                  : "memory");
 }
 
-#define LOCALATTN_MULTIPLY_ADD(Type, NAME)                                                                           \
-    GPU_FUNCTION void multiply_add(Type, float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {             \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                           \
-                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                      \
-                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                 \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                 \
+#define LOCALATTN_MULTIPLY_ADD(Type, NAME)                                                                  \
+    GPU_FUNCTION void multiply_add(Type, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME                                 \
+                     ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                           \
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                       \
     }
 LOCALATTN_MULTIPLY_ADD(bfloat16, "bf16")
 LOCALATTN_MULTIPLY_ADD(float16, "f16")

@@ -13,18 +13,21 @@ thread_local char sentence[256];
 
 const char *explain(cudaError_t error) {
     switch (error) {
-        case cudaSuccess: return nullptr;
+        case cudaSuccess:
+            return nullptr;
         case cudaErrorInsufficientDriver: {
             int driver = 0;
             cudaDriverGetVersion(&driver);
             if (driver == 0) return "no NVIDIA driver was found; install one, or use CPU tensors";
-            std::snprintf(sentence, sizeof sentence,
-                          "the NVIDIA driver supports CUDA %d.%d and this build needs %d.%d; install a newer driver, or a "
-                          "build of localattn for an older CUDA", driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
-                          CUDART_VERSION % 1000 / 10);
+            std::snprintf(
+                sentence, sizeof sentence,
+                "the NVIDIA driver supports CUDA %d.%d and this build needs %d.%d; install a newer driver, or a "
+                "build of localattn for an older CUDA",
+                driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
             return sentence;
         }
-        case cudaErrorNoDevice: return "the NVIDIA driver shows no GPU to this process (is CUDA_VISIBLE_DEVICES set?)";
+        case cudaErrorNoDevice:
+            return "the NVIDIA driver shows no GPU to this process (is CUDA_VISIBLE_DEVICES set?)";
         default:
             std::snprintf(sentence, sizeof sentence, "the CUDA runtime says: %s", cudaGetErrorString(error));
             return sentence;
@@ -45,8 +48,8 @@ const char *open_device(int32_t index, Device *device) {
     if (error) return explain(error);
     if (10 * major + minor < 75) {
         std::snprintf(sentence, sizeof sentence,
-                      "device %d has compute capability %d.%d and this build holds code for 7.5 and later", int(index), major,
-                      minor);
+                      "device %d has compute capability %d.%d and this build holds code for 7.5 and later", int(index),
+                      major, minor);
         return sentence;
     }
     *device = {10 * major + minor, shared};
@@ -67,6 +70,7 @@ const char *make_current(int32_t index, int32_t *previous) {
 
 extern "C" __attribute__((visibility("default"))) const localattn::cuda::Module *localattn_cuda_module() {
     using namespace localattn::cuda;
-    static const Module module = {module_interface, LOCALATTN_CUDA_BUILD, variants, variant_count, open_device, make_current};
+    static const Module module = {module_interface, LOCALATTN_CUDA_BUILD, variants,
+                                  variant_count,    open_device,          make_current};
     return &module;
 }

@@ -17,9 +17,9 @@ struct Place {
 
 template <class T>
 GPU_FUNCTION T *row_of(const Tensor &tensor, const Place &place) {
-    return static_cast<T *>(tensor.data) + (place.batch * tensor.batch + place.at[0] * tensor.axis[0] +
-                                            place.at[1] * tensor.axis[1] + place.at[2] * tensor.axis[2] +
-                                            place.head * tensor.head);
+    return static_cast<T *>(tensor.data) +
+           (place.batch * tensor.batch + place.at[0] * tensor.axis[0] + place.at[1] * tensor.axis[1] +
+            place.at[2] * tensor.axis[2] + place.head * tensor.head);
 }
 
 struct Query {
@@ -39,14 +39,16 @@ GPU_FUNCTION int64_t query_count(const Problem &p) {
 // Heads run fastest, then the last axis.
 GPU_FUNCTION int64_t query_index(const Problem &p, const Place &place) {
     return (((place.batch * p.axis[0].queries + place.at[0]) * p.axis[1].queries + place.at[1]) * p.axis[2].queries +
-            place.at[2]) * p.heads + place.head;
+            place.at[2]) *
+               p.heads +
+           place.head;
 }
 
 GPU_FUNCTION Query query_at(const Problem &p, int64_t index) {
     Query query;
     query.place.head = index % p.heads;
     index /= p.heads;
-    GPU_UNROLL for (int a = 2; a >= 0; --a) {
+    GPU_UNROLL_FOR (int a = 2; a >= 0; --a) {
         query.place.at[a] = index % p.axis[a].queries;
         index /= p.axis[a].queries;
         query.window[a] = window_of(p.axis[a], query.place.at[a]);
@@ -72,7 +74,7 @@ GPU_FUNCTION bool key_map_is_empty(const Problem &p) {
 // The entry at coordinates `at` of the query's window, if it is present.
 GPU_FUNCTION bool find_entry(const Problem &p, const Query &query, const int64_t (&at)[3], Entry &entry) {
     entry.is_key = true;
-    GPU_UNROLL for (int a = 0; a < 3; ++a) {
+    GPU_UNROLL_FOR (int a = 0; a < 3; ++a) {
         const Window &w = query.window[a];
         if (at[a] < w.present_begin || at[a] >= w.present_end) return false;
         entry.is_key = entry.is_key && at[a] >= w.begin && at[a] < w.end;
@@ -98,7 +100,7 @@ GPU_FUNCTION Place key_place(const Problem &p, const Query &query, const Entry &
     Place key;
     key.batch = query.place.batch;
     key.head = query.place.head / (p.heads / p.kv_heads);
-    GPU_UNROLL for (int a = 0; a < 3; ++a)
+    GPU_UNROLL_FOR (int a = 0; a < 3; ++a)
         key.at[a] = query.window[a].residue + p.axis[a].dilation * (query.window[a].start + entry.at[a]);
     return key;
 }
@@ -117,11 +119,11 @@ GPU_FUNCTION Accumulator<T> bias_of(const Problem &p, const Query &query, const 
     if (p.bias.data) sum += widen(row_of<const T>(p.bias, query.place)[entry_index(p, entry.at) * p.bias.channel]);
     if (p.rel_pos_bias.data) {
         Place cell = {0, query.place.head, {0, 0, 0}};
-        GPU_UNROLL for (int a = 0; a < 3; ++a)
+        GPU_UNROLL_FOR (int a = 0; a < 3; ++a)
             cell.at[a] = query.window[a].start + entry.at[a] - query.window[a].centre + p.axis[a].kernel - 1;
         sum += widen(*row_of<const T>(p.rel_pos_bias, cell));
     }
-    GPU_UNROLL for (int a = 0; a < 3; ++a) {
+    GPU_UNROLL_FOR (int a = 0; a < 3; ++a) {
         const Tensor &bias = p.axis_bias[a];
         if (bias.data) sum += widen(row_of<const T>(bias, query.place)[entry.at[a] * bias.channel]);
     }

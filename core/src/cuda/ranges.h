@@ -1,6 +1,6 @@
 // The window rule as tables, for the fast kernels: per axis and query, the contiguous range of entries of its residue
-// class that it sees. A small kernel fills them once a call, so that the 64-bit divisions of the rule are not repeated in
-// every block. Queries of one class see ranges whose ends never decrease; the fast kernels rely on it.
+// class that it sees. A small kernel fills them once a call, so that the 64-bit divisions of the rule are not repeated
+// in every block. Queries of one class see ranges whose ends never decrease; the fast kernels rely on it.
 #pragma once
 #include "../problem.h"
 #include "../window.h"
@@ -24,7 +24,7 @@ struct RangeArguments {
 };
 
 GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_ranges(GPU_ARGUMENT RangeArguments arguments) {
-    GPU_UNROLL for (int a = 0; a < 2; ++a) {
+    GPU_UNROLL_FOR (int a = 0; a < 2; ++a) {
         const int64_t step = int64_t(grid_extent().x) * range_threads;
         for (int64_t query = int64_t(block_index().x) * range_threads + thread_index();
              query < arguments.axis[a].queries; query += step) {
@@ -35,8 +35,8 @@ GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_ranges(GPU_ARGUMENT RangeArgum
     }
 }
 
-// For each key of an axis, the contiguous range of queries of its class that see it, from the queries' ranges: the window
-// rule transposed, for the gradients of key and value.
+// For each key of an axis, the contiguous range of queries of its class that see it, from the queries' ranges: the
+// window rule transposed, for the gradients of key and value.
 struct KeyRangeArguments {
     int32_t queries[2], keys[2], dilation[2];
     const Range *query_range[2];
@@ -44,20 +44,22 @@ struct KeyRangeArguments {
 };
 
 GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_key_ranges(GPU_ARGUMENT KeyRangeArguments arguments) {
-    GPU_UNROLL for (int a = 0; a < 2; ++a) {
+    GPU_UNROLL_FOR (int a = 0; a < 2; ++a) {
         const int dilation = arguments.dilation[a], step = grid_extent().x * range_threads;
         for (int key = block_index().x * range_threads + thread_index(); key < arguments.keys[a]; key += step) {
             const int residue = key % dilation, place = key / dilation;
             const int queries = (arguments.queries[a] - residue + dilation - 1) / dilation;
             // The first query whose range ends beyond the key, and the first whose range begins beyond it.
             int first[2];
-            GPU_UNROLL for (int bound = 0; bound < 2; ++bound) {
+            GPU_UNROLL_FOR (int bound = 0; bound < 2; ++bound) {
                 int low = 0, high = queries;
                 while (low < high) {
                     const int middle = (low + high) / 2;
                     const Range range = arguments.query_range[a][residue + dilation * middle];
-                    if ((bound == 0 ? range.end : range.begin) > place) high = middle;
-                    else low = middle + 1;
+                    if ((bound == 0 ? range.end : range.begin) > place)
+                        high = middle;
+                    else
+                        low = middle + 1;
                 }
                 first[bound] = low;
             }

@@ -1,12 +1,13 @@
 // Forward of 2D local attention in float32 without tensor cores: exact products, register tiles. The same windows as
 // tensor_core_forward.h. Device and launches: arch/simt.cu. Blocks and stages: stages.h. The window rule: ranges.h.
 //
-// A warp owns one row of queries. `slices` neighbouring lanes share a strip of `queries` queries and split its channels;
-// for every two keys of a row that the strip sees, a lane loads its slice of the keys once and uses it for all queries of
-// the strip. So a row of k keys costs the strip k+3 loads instead of 4k, and no row is visited that the warp does not see.
-// The slices' partial scores meet by shuffles.
+// A warp owns one row of queries. `slices` neighbouring lanes share a strip of `queries` queries and split its
+// channels; for every two keys of a row that the strip sees, a lane loads its slice of the keys once and uses it for
+// all queries of the strip. So a row of k keys costs the strip k+3 loads instead of 4k, and no row is visited that the
+// warp does not see. The slices' partial scores meet by shuffles.
 //
-// Two strips read shared memory at the same time, `queries` columns apart: the phase sends them to different halves of the banks.
+// Two strips read shared memory at the same time, `queries` columns apart: the phase sends them to different halves of
+// the banks.
 #pragma once
 #include "stages.h"
 
@@ -45,10 +46,11 @@ struct SimtArguments {
 template <class C>
 GPU_FUNCTION void load_slice(float (&slice)[C::channels], SharedAddress tensor, int slot) {
     const int mine = lane_index() % C::slices;
-    GPU_UNROLL for (int i = 0; i < C::channels / 4; ++i) {
+    GPU_UNROLL_FOR (int i = 0; i < C::channels / 4; ++i) {
         float values[4];
-        load_shared(values, tensor + SharedAddress(slot * C::slot_bytes + (((C::slices * i + mine) ^ C::phase(slot)) << 4)));
-        GPU_UNROLL for (int c = 0; c < 4; ++c) slice[4 * i + c] = values[c];
+        load_shared(values,
+                    tensor + SharedAddress(slot * C::slot_bytes + (((C::slices * i + mine) ^ C::phase(slot)) << 4)));
+        GPU_UNROLL_FOR (int c = 0; c < 4; ++c) slice[4 * i + c] = values[c];
     }
 }
 
@@ -67,49 +69,51 @@ struct Strip {
 
 // One step: the keys of `slot` and of the column after it.
 template <class C>
-GPU_FUNCTION void attend_keys(Strip<C> &strip, SharedAddress stage, SharedAddress values, int slot, int column, float scale_log2) {
+GPU_FUNCTION void attend_keys(Strip<C> &strip, SharedAddress stage, SharedAddress values, int slot, int column,
+                              float scale_log2) {
     float score[C::queries][C::keys];
-    GPU_UNROLL for (int j = 0; j < C::keys; ++j) {
+    GPU_UNROLL_FOR (int j = 0; j < C::keys; ++j) {
         float key[C::channels];
         load_slice<C>(key, stage, slot + j * C::stage_rows);
-        GPU_UNROLL for (int q = 0; q < C::queries; ++q) {
+        GPU_UNROLL_FOR (int q = 0; q < C::queries; ++q) {
             float dot = 0;
-            GPU_UNROLL for (int c = 0; c < C::channels; ++c) dot += strip.query[q][c] * key[c];
+            GPU_UNROLL_FOR (int c = 0; c < C::channels; ++c) dot += strip.query[q][c] * key[c];
             score[q][j] = dot;
         }
     }
     bool rises = false;
     float top[C::queries];
-    GPU_UNROLL for (int q = 0; q < C::queries; ++q) {
+    GPU_UNROLL_FOR (int q = 0; q < C::queries; ++q) {
         top[q] = strip.top[q];
-        GPU_UNROLL for (int j = 0; j < C::keys; ++j) {
-            GPU_UNROLL for (int lanes = 1; lanes < C::slices; lanes *= 2) score[q][j] += shuffle_xor(score[q][j], lanes);
+        GPU_UNROLL_FOR (int j = 0; j < C::keys; ++j) {
+            GPU_UNROLL_FOR (int lanes = 1; lanes < C::slices; lanes *= 2)
+                score[q][j] += shuffle_xor(score[q][j], lanes);
             if (column + j < strip.columns[q].begin || column + j >= strip.columns[q].end) score[q][j] = -INFINITY;
             top[q] = fmaxf(top[q], score[q][j]);
         }
         rises = rises || top[q] > strip.top[q];
     }
     if (any_in_warp(rises)) {
-        GPU_UNROLL for (int q = 0; q < C::queries; ++q) {
+        GPU_UNROLL_FOR (int q = 0; q < C::queries; ++q) {
             // Equal when both are -infinity, whose difference is NaN.
             const float shrink = top[q] == strip.top[q] ? 1 : fast_exp2((strip.top[q] - top[q]) * scale_log2);
             strip.top[q] = top[q];
             strip.sum[q] *= shrink;
-            GPU_UNROLL for (int c = 0; c < C::channels; ++c) strip.output[q][c] *= shrink;
+            GPU_UNROLL_FOR (int c = 0; c < C::channels; ++c) strip.output[q][c] *= shrink;
         }
     }
-    GPU_UNROLL for (int q = 0; q < C::queries; ++q) {
+    GPU_UNROLL_FOR (int q = 0; q < C::queries; ++q) {
         const float base = strip.top[q] == -INFINITY ? 0 : strip.top[q] * scale_log2;
-        GPU_UNROLL for (int j = 0; j < C::keys; ++j) {
+        GPU_UNROLL_FOR (int j = 0; j < C::keys; ++j) {
             score[q][j] = fast_exp2(score[q][j] * scale_log2 - base);
             strip.sum[q] += score[q][j];
         }
     }
-    GPU_UNROLL for (int j = 0; j < C::keys; ++j) {
+    GPU_UNROLL_FOR (int j = 0; j < C::keys; ++j) {
         float value[C::channels];
         load_slice<C>(value, stage + values, slot + j * C::stage_rows);
-        GPU_UNROLL for (int q = 0; q < C::queries; ++q)
-            GPU_UNROLL for (int c = 0; c < C::channels; ++c) strip.output[q][c] += score[q][j] * value[c];
+        GPU_UNROLL_FOR (int q = 0; q < C::queries; ++q)
+            GPU_UNROLL_FOR (int c = 0; c < C::channels; ++c) strip.output[q][c] += score[q][j] * value[c];
     }
 }
 
@@ -129,7 +133,9 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Simt
     const Loader<C, float> loader = {
         {a.key, a.key_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.channels},
         {a.value, a.value_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys, columns.keys, first_column,
+        rows.keys,
+        columns.keys,
+        first_column,
         columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
     const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
     loader.load(memory, first_row);
@@ -137,12 +143,12 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Simt
     Strip<C> strip;
     const int row = rows.position(a.rows, rows.first_query + warp_row);
     const float *query_head = a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head);
-    GPU_UNROLL for (int q = 0; q < C::queries; ++q) {
+    GPU_UNROLL_FOR (int q = 0; q < C::queries; ++q) {
         const int place = columns.first_query + strip_column + q;
         const bool exists = works && place < columns.queries;
         const float *from = query_head;
         if (exists) from += row * a.query_view.row + columns.position(a.columns, place) * a.query_view.column;
-        GPU_UNROLL for (int c = 0; c < C::channels; ++c) {
+        GPU_UNROLL_FOR (int c = 0; c < C::channels; ++c) {
             strip.query[q][c] = exists && slice_channel<C>(c) < a.channels ? from[slice_channel<C>(c)] : 0;
             strip.output[q][c] = 0;
         }
@@ -153,7 +159,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Simt
     // Strips step together, so that shuffles meet; those with narrower boxes mask what is not theirs.
     const int begin = strip.columns[0].begin;
     int steps = (strip.columns[C::queries - 1].end - begin + C::keys - 1) / C::keys;
-    GPU_UNROLL for (int lanes = C::slices; lanes < warp_size; lanes *= 2) {
+    GPU_UNROLL_FOR (int lanes = C::slices; lanes < warp_size; lanes *= 2) {
         const int other = int(shuffle_xor(float(steps), lanes));
         steps = other > steps ? other : steps;
     }
@@ -174,8 +180,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Simt
                 // Past its own box a strip reads what is there, and masks it.
                 const int wanted = begin + C::keys * step, column = wanted < last_column ? wanted : last_column;
                 attend_keys<C>(strip, memory + SharedAddress(stage % 2) * stage_bytes, loader.second_at(),
-                               C::stage_rows * (column - first_column) + y, wanted == column ? column : INT32_MAX - C::keys,
-                               a.scale * log2_of_e);
+                               C::stage_rows * (column - first_column) + y,
+                               wanted == column ? column : INT32_MAX - C::keys, a.scale * log2_of_e);
             }
         }
         synchronize();
@@ -183,13 +189,13 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Simt
 
     if (!works) return;
     float *output_head = a.output + (block.batch * a.output_view.batch + block.head * a.output_view.head);
-    GPU_UNROLL for (int q = 0; q < C::queries; ++q) {
+    GPU_UNROLL_FOR (int q = 0; q < C::queries; ++q) {
         const int place = columns.first_query + strip_column + q;
         if (place >= columns.queries) continue;
         const int column = columns.position(a.columns, place);
         const float sum = strip.sum[q], inverse = sum == 0 ? 0 : 1 / sum;
         float *to = output_head + (row * a.output_view.row + column * a.output_view.column);
-        GPU_UNROLL for (int c = 0; c < C::channels; ++c)
+        GPU_UNROLL_FOR (int c = 0; c < C::channels; ++c)
             if (slice_channel<C>(c) < a.value_channels) to[slice_channel<C>(c)] = strip.output[q][c] * inverse;
         if (a.lse && lane_index() % C::slices == 0)
             a.lse[block.batch * a.lse_view.batch + block.head * a.lse_view.head + row * a.lse_view.row +

@@ -1,8 +1,8 @@
-// What the tiled kernels share: which part of the maps a block computes, and stages of the other map that stream through
-// shared memory, a few rows at a time, two of them in flight.
+// What the tiled kernels share: which part of the maps a block computes, and stages of the other map that stream
+// through shared memory, a few rows at a time, two of them in flight.
 //
-// In the forward and for the gradient of the query a block's places are queries, and keys stream by; for the gradients of
-// key and value it is the other way round. Names here are those of the former.
+// In the forward and for the gradient of the query a block's places are queries, and keys stream by; for the gradients
+// of key and value it is the other way round. Names here are those of the former.
 //
 // A stage is stored column by column, a slot a place: slot = stage_rows * column + row. The 16-byte units of a slot are
 // permuted by exclusive or with a phase that the kernel chooses, against bank conflicts.
@@ -68,9 +68,10 @@ struct Source {
     int row_step, column_step;
     bool has_unit;  // else it is padding
 
-    GPU_METHOD Source(const T *data, const View &view, int batch, int head, const TileAxis &row_axis, const TileAxis &column_axis,
-                      const Section &rows, const Section &columns, int unit, int channels)
-        : tensor(data + (batch * view.batch + head * view.head + rows.residue * int64_t(view.row) + columns.residue * int64_t(view.column) + unit_channels * unit)),
+    GPU_METHOD Source(const T *data, const View &view, int batch, int head, const TileAxis &row_axis,
+                      const TileAxis &column_axis, const Section &rows, const Section &columns, int unit, int channels)
+        : tensor(data + (batch * view.batch + head * view.head + rows.residue * int64_t(view.row) +
+                         columns.residue * int64_t(view.column) + unit_channels * unit)),
           row_step(view.row * row_axis.dilation),
           column_step(view.column * column_axis.dilation),
           has_unit(unit_channels * unit < channels) {}
@@ -97,7 +98,8 @@ struct Loader {
             const int r = in ? row : 0, c = in ? column : 0;
             const SharedAddress to = stage + SharedAddress(slot * C::slot_bytes + ((unit() ^ C::phase(slot)) << 4));
             copy_async(to, first.tensor + (r * first.row_step + c * first.column_step), in && first.has_unit);
-            copy_async(to + second_at(), second.tensor + (r * second.row_step + c * second.column_step), in && second.has_unit);
+            copy_async(to + second_at(), second.tensor + (r * second.row_step + c * second.column_step),
+                       in && second.has_unit);
         }
         copy_commit();
     }

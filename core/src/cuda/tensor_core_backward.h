@@ -1,5 +1,5 @@
-// Gradients of 2D local attention on tensor cores, for 16-bit floats; the same problems as tensor_core_forward.h. Device
-// and launches: arch/sm80.cu.
+// Gradients of 2D local attention on tensor cores, for 16-bit floats; the same problems as tensor_core_forward.h.
+// Device and launches: arch/sm80.cu.
 //
 // The scores are computed again, so nothing of the size of the windows is ever stored. Three kernels, no atomics:
 //   fill_statistics         per query: log-sum-exp in base 2, and delta = dot(grad_output, output) - grad_lse
@@ -29,15 +29,16 @@ GPU_KERNEL void GPU_BOUNDS(statistics_threads, 1) fill_statistics(GPU_ARGUMENT S
     const Problem &p = arguments.problem;
     constexpr int warps = statistics_threads / warp_size;
     const int64_t queries = query_count(p), step = int64_t(grid_extent().x) * warps;
-    for (int64_t index = int64_t(block_index().x) * warps + thread_index() / warp_size; index < queries; index += step) {
+    for (int64_t index = int64_t(block_index().x) * warps + thread_index() / warp_size; index < queries;
+         index += step) {
         Place place = {0, index % p.heads, {0, 0, 0}};
         int64_t rest = index / p.heads;
         place.at[2] = rest % p.axis[2].queries;
         rest /= p.axis[2].queries;
         place.at[1] = rest % p.axis[1].queries;
         place.batch = rest / p.axis[1].queries;
-        float delta = dot(row_of<const T>(p.grad_output, place), p.grad_output.channel, row_of<const T>(p.output, place),
-                          p.output.channel, p.value_channels);
+        float delta = dot(row_of<const T>(p.grad_output, place), p.grad_output.channel,
+                          row_of<const T>(p.output, place), p.output.channel, p.value_channels);
         if (p.grad_lse.data) delta -= *row_of<const float>(p.grad_lse, place);
         // A query that sees nothing: +infinity makes its weights 0.
         const float lse = *row_of<const float>(p.lse, place);
@@ -60,7 +61,8 @@ struct GradientArguments {
 };
 
 // Two rows of products, scores and by_weight, become what the pairs give to the gradients.
-GPU_FUNCTION void to_gradients(float (&score)[2][4], float (&by_weight)[2][4], int n, int i, float scale_log2, Statistics of) {
+GPU_FUNCTION void to_gradients(float (&score)[2][4], float (&by_weight)[2][4], int n, int i, float scale_log2,
+                               Statistics of) {
     const float weight = fast_exp2(score[n][i] * scale_log2 - of.lse_log2);
     score[n][i] = weight;
     by_weight[n][i] = weight * (by_weight[n][i] - of.delta);
@@ -69,18 +71,20 @@ GPU_FUNCTION void to_gradients(float (&score)[2][4], float (&by_weight)[2][4], i
 // Accumulators of one product as the left operand of the next.
 template <class T>
 GPU_FUNCTION void pack_fragment(uint32_t (&fragment)[4], const float (&x)[2][4]) {
-    GPU_UNROLL for (int h = 0; h < 4; ++h) fragment[h] = pack(T(), x[h / 2][h % 2 * 2], x[h / 2][h % 2 * 2 + 1]);
+    GPU_UNROLL_FOR (int h = 0; h < 4; ++h) fragment[h] = pack(T(), x[h / 2][h % 2 * 2], x[h / 2][h % 2 * 2 + 1]);
 }
 
 template <int width>
 GPU_FUNCTION void clear(float (&sum)[width][4]) {
-    GPU_UNROLL for (int d = 0; d < width; ++d)
-        GPU_UNROLL for (int i = 0; i < 4; ++i) sum[d][i] = 0;
+    GPU_UNROLL_FOR (int d = 0; d < width; ++d)
+        GPU_UNROLL_FOR (int i = 0; i < 4; ++i) sum[d][i] = 0;
 }
 
 // Is the chunk at `column` seen by a place of the patch, and by all of them?
 GPU_FUNCTION bool any_sees(const Box &box, int column) { return column < box.all.end && column + 4 > box.all.begin; }
-GPU_FUNCTION bool all_see(const Box &box, int column) { return column >= box.common.begin && column + 4 <= box.common.end; }
+GPU_FUNCTION bool all_see(const Box &box, int column) {
+    return column >= box.common.begin && column + 4 <= box.common.end;
+}
 
 template <class C, class T>
 GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARGUMENT GradientArguments<T> a) {
@@ -100,7 +104,9 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
     const Loader<C, T> loader = {
         {a.key, a.key_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.channels},
         {a.value, a.value_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys, columns.keys, first_column,
+        rows.keys,
+        columns.keys,
+        first_column,
         columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
     const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
     loader.load(memory, first_row);
@@ -109,19 +115,22 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
     float sum[C::patches][C::width / 8][4];
     Statistics statistics[C::patches][2];
     const T *query_head = a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head);
-    const T *grad_head = a.grad_output + (block.batch * a.grad_output_view.batch + block.head * a.grad_output_view.head);
-    const Statistics *image_statistics = a.statistics + (int64_t(block.batch) * a.rows.queries * a.columns.queries * a.heads + block.head);
-    GPU_UNROLL for (int p = 0; p < C::patches; ++p) {
+    const T *grad_head =
+        a.grad_output + (block.batch * a.grad_output_view.batch + block.head * a.grad_output_view.head);
+    const Statistics *image_statistics =
+        a.statistics + (int64_t(block.batch) * a.rows.queries * a.columns.queries * a.heads + block.head);
+    GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
         load_fragments<C>(query[p], query_head, a.query_view, a.rows, a.columns, rows, columns, warp, p, a.channels);
         load_fragments<C>(grad_output[p], grad_head, a.grad_output_view, a.rows, a.columns, rows, columns, warp, p,
                           a.value_channels);
         clear(sum[p]);
-        GPU_UNROLL for (int r = 0; r < 2; ++r) {
+        GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             const LanePlace place(rows, columns, warp.row, warp.column, p, r);
             statistics[p][r] = {INFINITY, 0};
             if (place.exists)
                 statistics[p][r] = image_statistics[(rows.position(a.rows, place.row) * a.columns.queries +
-                                                     columns.position(a.columns, place.column)) * a.heads];
+                                                     columns.position(a.columns, place.column)) *
+                                                    a.heads];
         }
     }
 
@@ -141,11 +150,11 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
             for (int column = begin; column < end; column += 4) {
                 const SharedAddress offset = SharedAddress((column - begin) / 4 * ChunkReader<C>::chunk_bytes);
                 float score[C::patches][2][4] = {}, by_weight[C::patches][2][4] = {};
-                GPU_UNROLL for (int d = 0; d < C::width / 16; ++d) {
+                GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                     uint32_t key[4], value[4];
                     reader.read(key, offset, d);
                     reader.read(value, offset + loader.second_at(), d);
-                    GPU_UNROLL for (int p = 0; p < C::patches; ++p)
+                    GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
                         if (any_sees(column_box[p], column)) {
                             multiply_add(T(), score[p][0], query[p][d], key[0], key[1]);
                             multiply_add(T(), score[p][1], query[p][d], key[2], key[3]);
@@ -154,17 +163,17 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
                         }
                 }
                 uint32_t by_score[C::patches][4];
-                GPU_UNROLL for (int p = 0; p < C::patches; ++p) {
+                GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
                     if (!window.rows_common || !all_see(column_box[p], column)) window.mask(score[p], p, column);
-                    GPU_UNROLL for (int n = 0; n < 2; ++n)
-                        GPU_UNROLL for (int i = 0; i < 4; ++i)
+                    GPU_UNROLL_FOR (int n = 0; n < 2; ++n)
+                        GPU_UNROLL_FOR (int i = 0; i < 4; ++i)
                             to_gradients(score[p], by_weight[p], n, i, a.scale * log2_of_e, statistics[p][i / 2]);
                     pack_fragment<T>(by_score[p], by_weight[p]);
                 }
-                GPU_UNROLL for (int d = 0; d < C::width / 16; ++d) {
+                GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                     uint32_t key[4];
                     reader.read_transposed(key, offset, d);
-                    GPU_UNROLL for (int p = 0; p < C::patches; ++p)
+                    GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
                         if (any_sees(column_box[p], column)) {
                             multiply_add(T(), sum[p][2 * d], by_score[p], key[0], key[1]);
                             multiply_add(T(), sum[p][2 * d + 1], by_score[p], key[2], key[3]);
@@ -176,11 +185,12 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
     }
 
     T *to = a.grad_query + (block.batch * a.grad_query_view.batch + block.head * a.grad_query_view.head);
-    GPU_UNROLL for (int p = 0; p < C::patches; ++p)
-        GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
+        GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             const LanePlace place(rows, columns, warp.row, warp.column, p, r);
             if (place.exists)
-                write_row<C>(to + place.offset(a.grad_query_view, a.rows, a.columns, rows, columns), sum[p], r, a.scale, a.channels);
+                write_row<C>(to + place.offset(a.grad_query_view, a.rows, a.columns, rows, columns), sum[p], r, a.scale,
+                             a.channels);
         }
 }
 
@@ -205,7 +215,9 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
     const Loader<C, T> loader = {
         {a.query, a.query_view, block.batch, 0, a.rows, a.columns, rows, columns, unit, a.channels},
         {a.grad_output, a.grad_output_view, block.batch, 0, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys, columns.keys, first_column,
+        rows.keys,
+        columns.keys,
+        first_column,
         columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
     const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
     const SharedAddress statistics_bytes = SharedAddress(a.stage_columns * C::stage_rows * int(sizeof(Statistics)));
@@ -224,7 +236,9 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
             Statistics of = {INFINITY, 0};
             if (loader.inside(slot_row, slot_column))
                 of = image_statistics[((rows.residue + a.rows.dilation * slot_row) * a.columns.keys + columns.residue +
-                                       a.columns.dilation * slot_column) * a.heads + head];
+                                       a.columns.dilation * slot_column) *
+                                          a.heads +
+                                      head];
             store_shared_number(to + SharedAddress(slot * int(sizeof(Statistics))), of.lse_log2);
             store_shared_number(to + SharedAddress(slot * int(sizeof(Statistics))) + 4, of.delta);
         }
@@ -233,11 +247,11 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
 
     uint32_t key[C::width / 16][4], value[C::width / 16][4];
     float key_sum[C::width / 8][4], value_sum[C::width / 8][4];
-    load_fragments<C>(key, a.key + (block.batch * a.key_view.batch + block.head * a.key_view.head), a.key_view, a.rows, a.columns,
-                      rows, columns, warp, 0, a.channels);
+    load_fragments<C>(key, a.key + (block.batch * a.key_view.batch + block.head * a.key_view.head), a.key_view, a.rows,
+                      a.columns, rows, columns, warp, 0, a.channels);
     if constexpr (with_key)
-        load_fragments<C>(value, a.value + (block.batch * a.value_view.batch + block.head * a.value_view.head), a.value_view, a.rows,
-                      a.columns, rows, columns, warp, 0, a.value_channels);
+        load_fragments<C>(value, a.value + (block.batch * a.value_view.batch + block.head * a.value_view.head),
+                          a.value_view, a.rows, a.columns, rows, columns, warp, 0, a.value_channels);
     clear(key_sum);
     clear(value_sum);
 
@@ -261,7 +275,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
             for (int column = begin; column < end; column += 4) {
                 const SharedAddress offset = SharedAddress((column - begin) / 4 * ChunkReader<C>::chunk_bytes);
                 float score[2][4] = {}, by_weight[2][4] = {};
-                GPU_UNROLL for (int d = 0; d < C::width / 16; ++d) {
+                GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                     uint32_t query[4], grad[4];
                     reader.read(query, offset, d);
                     multiply_add(T(), score[0], key[d], query[0], query[1]);
@@ -273,17 +287,18 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
                     }
                 }
                 if (!window.rows_common || !all_see(column_box[0], column)) window.mask(score, 0, column);
-                GPU_UNROLL for (int n = 0; n < 2; ++n)
-                    GPU_UNROLL for (int b = 0; b < 2; ++b) {
-                        const SharedAddress at = lane_statistics + SharedAddress((4 * (column - begin) + 8 * n + b) * int(sizeof(Statistics)));
+                GPU_UNROLL_FOR (int n = 0; n < 2; ++n)
+                    GPU_UNROLL_FOR (int b = 0; b < 2; ++b) {
+                        const SharedAddress at = lane_statistics + SharedAddress((4 * (column - begin) + 8 * n + b) *
+                                                                                 int(sizeof(Statistics)));
                         const Statistics of = {load_shared_number<float>(at), load_shared_number<float>(at + 4)};
-                        GPU_UNROLL for (int r = 0; r < 2; ++r)
+                        GPU_UNROLL_FOR (int r = 0; r < 2; ++r)
                             to_gradients(score, by_weight, n, 2 * r + b, a.scale * log2_of_e, of);
                     }
                 uint32_t weight[4], by_score[4];
                 pack_fragment<T>(weight, score);
                 pack_fragment<T>(by_score, by_weight);
-                GPU_UNROLL for (int d = 0; d < C::width / 16; ++d) {
+                GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                     uint32_t query[4], grad[4];
                     if constexpr (with_value) {
                         reader.read_transposed(grad, offset + loader.second_at(), d);
@@ -301,12 +316,13 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
         synchronize();
     }
 
-    GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
         const LanePlace place(rows, columns, warp.row, warp.column, 0, r);
         if (!place.exists) continue;
         if (with_key && a.grad_key) {
             T *to = a.grad_key + (block.batch * a.grad_key_view.batch + block.head * a.grad_key_view.head);
-            write_row<C>(to + place.offset(a.grad_key_view, a.rows, a.columns, rows, columns), key_sum, r, a.scale, a.channels);
+            write_row<C>(to + place.offset(a.grad_key_view, a.rows, a.columns, rows, columns), key_sum, r, a.scale,
+                         a.channels);
         }
         if (with_value && a.grad_value) {
             T *to = a.grad_value + (block.batch * a.grad_value_view.batch + block.head * a.grad_value_view.head);

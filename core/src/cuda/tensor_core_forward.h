@@ -1,5 +1,5 @@
-// Forward of 2D local attention on tensor cores, for 16-bit floats: any border, stride, dilation, causality or kernel, as
-// long as each query's window is a rectangle of keys. Device and launches: arch/sm80.cu. Tiles, stages and masks:
+// Forward of 2D local attention on tensor cores, for 16-bit floats: any border, stride, dilation, causality or kernel,
+// as long as each query's window is a rectangle of keys. Device and launches: arch/sm80.cu. Tiles, stages and masks:
 // tensor_core_tiles.h. The window rule: ranges.h.
 //
 // The softmax is online, in registers: a running maximum and sum per query row, rescaled when the maximum rises.
@@ -38,17 +38,17 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
         const SharedAddress offset = SharedAddress((group - begin) / 4 * ChunkReader<C>::chunk_bytes);
         float score[C::patches][C::group][2][4];
         bool seen[C::patches][C::group];  // the same in all lanes
-        GPU_UNROLL for (int c = 0; c < C::group; ++c) {
+        GPU_UNROLL_FOR (int c = 0; c < C::group; ++c) {
             const int column = group + 4 * c;
-            GPU_UNROLL for (int p = 0; p < C::patches; ++p) {
+            GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
                 seen[p][c] = column < column_box[p].all.end && column + 4 > column_box[p].all.begin;
-                GPU_UNROLL for (int i = 0; i < 8; ++i) score[p][c][i / 4][i % 4] = 0;
+                GPU_UNROLL_FOR (int i = 0; i < 8; ++i) score[p][c][i / 4][i % 4] = 0;
             }
             if (column >= end) continue;
-            GPU_UNROLL for (int d = 0; d < C::width / 16; ++d) {
+            GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                 uint32_t key[4];
                 reader.read(key, offset + SharedAddress(c * ChunkReader<C>::chunk_bytes), d);
-                GPU_UNROLL for (int p = 0; p < C::patches; ++p)
+                GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
                     if (seen[p][c]) {
                         multiply_add(T(), score[p][c][0], state.query[p][d], key[0], key[1]);
                         multiply_add(T(), score[p][c][1], state.query[p][d], key[2], key[3]);
@@ -57,36 +57,36 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
         }
 
         uint32_t weight[C::patches][C::group][4];
-        GPU_UNROLL for (int p = 0; p < C::patches; ++p) {
+        GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
             if (!window.rows_common || group < column_box[p].common.begin ||
                 group + 4 * C::group > column_box[p].common.end) {
-                GPU_UNROLL for (int c = 0; c < C::group; ++c) window.mask(score[p][c], p, group + 4 * c);
+                GPU_UNROLL_FOR (int c = 0; c < C::group; ++c) window.mask(score[p][c], p, group + 4 * c);
             }
             float top[2] = {state.top[p][0], state.top[p][1]};
-            GPU_UNROLL for (int c = 0; c < C::group; ++c)
-                GPU_UNROLL for (int i = 0; i < 8; ++i)
+            GPU_UNROLL_FOR (int c = 0; c < C::group; ++c)
+                GPU_UNROLL_FOR (int i = 0; i < 8; ++i)
                     top[i / 2 % 2] = fmaxf(top[i / 2 % 2], score[p][c][i / 4][i % 4]);
-            GPU_UNROLL for (int r = 0; r < 2; ++r) {
+            GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
                 top[r] = fmaxf(top[r], shuffle_xor(top[r], 1));
                 top[r] = fmaxf(top[r], shuffle_xor(top[r], 2));
             }
             if (any_in_warp(top[0] > state.top[p][0] || top[1] > state.top[p][1])) {
-                GPU_UNROLL for (int r = 0; r < 2; ++r) {
+                GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
                     // Equal when both are -infinity, whose difference is NaN.
                     const float old = state.top[p][r];
                     const float shrink = top[r] == old ? 1 : fast_exp2((old - top[r]) * scale_log2);
                     state.top[p][r] = top[r];
                     state.sum[p][r] *= shrink;
-                    GPU_UNROLL for (int d = 0; d < C::width / 8; ++d) {
+                    GPU_UNROLL_FOR (int d = 0; d < C::width / 8; ++d) {
                         state.output[p][d][2 * r] *= shrink;
                         state.output[p][d][2 * r + 1] *= shrink;
                     }
                 }
             }
             float base[2];
-            GPU_UNROLL for (int r = 0; r < 2; ++r) base[r] = top[r] == -INFINITY ? 0 : top[r] * scale_log2;
-            GPU_UNROLL for (int c = 0; c < C::group; ++c)
-                GPU_UNROLL for (int h = 0; h < 4; ++h) {
+            GPU_UNROLL_FOR (int r = 0; r < 2; ++r) base[r] = top[r] == -INFINITY ? 0 : top[r] * scale_log2;
+            GPU_UNROLL_FOR (int c = 0; c < C::group; ++c)
+                GPU_UNROLL_FOR (int h = 0; h < 4; ++h) {
                     const float *pair = score[p][c][h / 2] + h % 2 * 2;
                     const float low = fast_exp2(pair[0] * scale_log2 - base[h % 2]);
                     const float high = fast_exp2(pair[1] * scale_log2 - base[h % 2]);
@@ -95,12 +95,12 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
                 }
         }
 
-        GPU_UNROLL for (int c = 0; c < C::group; ++c) {
+        GPU_UNROLL_FOR (int c = 0; c < C::group; ++c) {
             if (group + 4 * c >= end) continue;
-            GPU_UNROLL for (int d = 0; d < C::width / 16; ++d) {
+            GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                 uint32_t value[4];
                 reader.read_transposed(value, offset + values + SharedAddress(c * ChunkReader<C>::chunk_bytes), d);
-                GPU_UNROLL for (int p = 0; p < C::patches; ++p)
+                GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
                     if (seen[p][c]) {
                         multiply_add(T(), state.output[p][2 * d], weight[p][c], value[0], value[1]);
                         multiply_add(T(), state.output[p][2 * d + 1], weight[p][c], value[2], value[3]);
@@ -129,21 +129,23 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
     const Loader<C, T> loader = {
         {a.key, a.key_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.channels},
         {a.value, a.value_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys, columns.keys, first_column,
+        rows.keys,
+        columns.keys,
+        first_column,
         columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
     const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
     loader.load(memory, first_row);
 
     Accumulators<C> state;
     const T *query = a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head);
-    GPU_UNROLL for (int p = 0; p < C::patches; ++p) {
+    GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
         load_fragments<C>(state.query[p], query, a.query_view, a.rows, a.columns, rows, columns, warp, p, a.channels);
-        GPU_UNROLL for (int r = 0; r < 2; ++r) {
+        GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             state.top[p][r] = -INFINITY;
             state.sum[p][r] = 0;
         }
-        GPU_UNROLL for (int d = 0; d < C::width / 8; ++d)
-            GPU_UNROLL for (int i = 0; i < 4; ++i) state.output[p][d][i] = 0;
+        GPU_UNROLL_FOR (int d = 0; d < C::width / 8; ++d)
+            GPU_UNROLL_FOR (int i = 0; i < 4; ++i) state.output[p][d][i] = 0;
     }
 
     for (int stage = 0; stage < stages; ++stage) {
@@ -164,8 +166,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
     }
 
     T *output = a.output + (block.batch * a.output_view.batch + block.head * a.output_view.head);
-    GPU_UNROLL for (int p = 0; p < C::patches; ++p)
-        GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
+        GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             float sum = state.sum[p][r];
             sum += shuffle_xor(sum, 1);
             sum += shuffle_xor(sum, 2);

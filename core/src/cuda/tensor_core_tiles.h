@@ -1,19 +1,21 @@
 // What the tensor-core kernels share: patches of places and chunks of the streamed map, as operands of mma, and masks.
 // Blocks and stages: stages.h.
 //
-// A warp owns patches of 4x4 places side by side: 16 places are the m of one mma, and a square patch has the smallest joint
-// window that 16 places can have. A stage has 4 rows, so that any 4 columns of it are one chunk of 16 keys:
+// A warp owns patches of 4x4 places side by side: 16 places are the m of one mma, and a square patch has the smallest
+// joint window that 16 places can have. A stage has 4 rows, so that any 4 columns of it are one chunk of 16 keys:
 //
-//     slot 4x+y of a stage:   0  4  8 12 ...      a warp's chunks:  [0..15] [16..31] ..., starting at its own first column
+//     slot 4x+y of a stage:   0  4  8 12 ...      a warp's chunks:  [0..15] [16..31] ..., starting at its own first
+//     column
 //                             1  5  9 13
 //                             2  6 10 14
 //                             3  7 11 15
 //
-// With the slot's number as phase, ldmatrix has no bank conflicts. Inside a chunk a lane's keys lie in two columns and two
-// rows, so its mask is two column tests and four row bits. Chunks that no query of a patch sees are skipped, chunks that
-// all see are not masked.
+// With the slot's number as phase, ldmatrix has no bank conflicts. Inside a chunk a lane's keys lie in two columns and
+// two rows, so its mask is two column tests and four row bits. Chunks that no query of a patch sees are skipped, chunks
+// that all see are not masked.
 //
-// A NaN or infinity may reach every query whose patch visits its key: the products of masked keys are 0 times that value.
+// A NaN or infinity may reach every query whose patch visits its key: the products of masked keys are 0 times that
+// value.
 #pragma once
 #include "stages.h"
 
@@ -33,7 +35,7 @@ struct Tile {
     static_assert(threads % units == 0, "a thread copies one unit of every slot it visits");
 
     GPU_METHOD static constexpr int phase(int slot) { return width == 32 ? slot >> 1 & 3 : slot & 7; }
-    static constexpr int column_bytes = 2 * stage_rows * slot_bytes;  // of a stage's keys and values
+    static constexpr int column_bytes = 2 * stage_rows * slot_bytes;                     // of a stage's keys and values
     static int64_t shared_bytes(int64_t columns) { return 2 * columns * column_bytes; }  // of both stages
 };
 
@@ -49,10 +51,10 @@ struct Box {
     }
 };
 
-// Reads a warp's chunks from a stage. `offset` is chunk_bytes times the chunk, and second_at() more for the second tensor;
-// d counts 16 channels, two units. Slots are aligned to their size, so that a unit is chosen by an exclusive or of the whole address.
-// Registers 2n and 2n+1 of a load must be the pair of one product, or the compiler has to move them: plain and transposed
-// reads want different lanes for the same row.
+// Reads a warp's chunks from a stage. `offset` is chunk_bytes times the chunk, and second_at() more for the second
+// tensor; d counts 16 channels, two units. Slots are aligned to their size, so that a unit is chosen by an exclusive or
+// of the whole address. Registers 2n and 2n+1 of a load must be the pair of one product, or the compiler has to move
+// them: plain and transposed reads want different lanes for the same row.
 template <class C>
 struct ChunkReader {
     static constexpr int chunk_bytes = 16 * C::slot_bytes;
@@ -60,7 +62,8 @@ struct ChunkReader {
 
     GPU_METHOD ChunkReader(SharedAddress tensor, int first_slot) {
         const int lane = lane_index(), phase = C::phase(first_slot + lane % 8);
-        plain = tensor + SharedAddress((first_slot + lane % 8 + lane / 16 * 8) * C::slot_bytes + ((lane / 8 % 2 ^ phase) << 4));
+        plain = tensor +
+                SharedAddress((first_slot + lane % 8 + lane / 16 * 8) * C::slot_bytes + ((lane / 8 % 2 ^ phase) << 4));
         transposed = tensor + SharedAddress((first_slot + lane % 16) * C::slot_bytes + ((lane / 16 ^ phase) << 4));
     }
     // For products over channels: pair n belongs to keys 8n .. 8n+7.
@@ -82,7 +85,7 @@ struct LaneWindow {
 
     GPU_METHOD void enter_stage(int stage_row, const Box &row_box) {
         row_bits = 0;
-        GPU_UNROLL for (int i = 0; i < 4; ++i) {
+        GPU_UNROLL_FOR (int i = 0; i < 4; ++i) {
             const int row = stage_row + lane_index() % 2 * 2 + i % 2;
             if (row >= rows[i / 2].begin && row < rows[i / 2].end) row_bits |= 1u << i;
         }
@@ -90,10 +93,10 @@ struct LaneWindow {
     }
     // Makes the scores of the keys that a query does not see -infinity; `column` is the chunk's first.
     GPU_METHOD void mask(float (&score)[2][4], int patch, int column) const {
-        GPU_UNROLL for (int n = 0; n < 2; ++n) {
+        GPU_UNROLL_FOR (int n = 0; n < 2; ++n) {
             const int mine = column + 2 * n + lane_index() % 4 / 2;
             const uint32_t bits = mine >= columns[patch].begin && mine < columns[patch].end ? row_bits : 0;
-            GPU_UNROLL for (int i = 0; i < 4; ++i) score[n][i] = bits >> i & 1 ? score[n][i] : -INFINITY;
+            GPU_UNROLL_FOR (int i = 0; i < 4; ++i) score[n][i] = bits >> i & 1 ? score[n][i] : -INFINITY;
         }
     }
 };
@@ -113,11 +116,11 @@ struct WarpTile {
     GPU_METHOD void find_windows(const TileAxis &row_axis, const TileAxis &column_axis, const Section &rows,
                                  const Section &columns, Box (&column_box)[C::patches], LaneWindow<C> &window) const {
         const int lane = lane_index();
-        GPU_UNROLL for (int p = 0; p < C::patches; ++p) {
+        GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
             column_box[p] = Box(column_axis, columns, column + 4 * p);
             window.columns[p] = columns.range(column_axis, column + 4 * p + lane / 4 % 4);
         }
-        GPU_UNROLL for (int r = 0; r < 2; ++r) window.rows[r] = rows.range(row_axis, row + lane / 16 + 2 * r);
+        GPU_UNROLL_FOR (int r = 0; r < 2; ++r) window.rows[r] = rows.range(row_axis, row + lane / 16 + 2 * r);
     }
 };
 
@@ -145,11 +148,11 @@ template <class C, class T>
 GPU_FUNCTION void load_fragments(uint32_t (&fragments)[C::width / 16][4], const T *head, const View &view,
                                  const TileAxis &row_axis, const TileAxis &column_axis, const Section &rows,
                                  const Section &columns, const WarpTile<C> &warp, int patch, int channels) {
-    GPU_UNROLL for (int r = 0; r < 2; ++r) {
+    GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
         const LanePlace place(rows, columns, warp.row, warp.column, patch, r);
         const T *from = head + place.offset(view, row_axis, column_axis, rows, columns);
-        GPU_UNROLL for (int d = 0; d < C::width / 16; ++d)
-            GPU_UNROLL for (int h = 0; h < 2; ++h) {
+        GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d)
+            GPU_UNROLL_FOR (int h = 0; h < 2; ++h) {
                 const int channel = 16 * d + 8 * h + lane_index() % 4 * 2;
                 fragments[d][r + 2 * h] = place.exists && channel < channels ? load_pair(from + channel) : 0;
             }
@@ -159,7 +162,7 @@ GPU_FUNCTION void load_fragments(uint32_t (&fragments)[C::width / 16][4], const 
 // Writes row r of a patch's accumulators, times `factor`.
 template <class C, class T>
 GPU_FUNCTION void write_row(T *to, const float (&sum)[C::width / 8][4], int r, float factor, int channels) {
-    GPU_UNROLL for (int d = 0; d < C::width / 8; ++d) {
+    GPU_UNROLL_FOR (int d = 0; d < C::width / 8; ++d) {
         const int channel = 8 * d + lane_index() % 4 * 2;
         if (channel < channels) store_pair(to + channel, pack(T(), sum[d][2 * r] * factor, sum[d][2 * r + 1] * factor));
     }

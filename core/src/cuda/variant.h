@@ -10,8 +10,8 @@ namespace localattn::cuda {
 
 // What a variant may depend on. Read from the driver once per call, never assumed.
 struct Device {
-    int32_t capability = 0;      // 90 is compute capability 9.0
-    int64_t shared_bytes = 0;    // of shared memory that one block may ask for
+    int32_t capability = 0;    // 90 is compute capability 9.0
+    int64_t shared_bytes = 0;  // of shared memory that one block may ask for
 };
 
 struct Variant {

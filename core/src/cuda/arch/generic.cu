@@ -37,7 +37,8 @@ const char *launch_bias_gradient(BiasGradientArguments<T> arguments, const Tenso
     if (elements == 0) return nullptr;
     arguments.warps_an_element = terms >= 4 * generic_warps ? generic_warps : 1;
     const Extent3 grid = grid_for(elements, generic_warps / arguments.warps_an_element);
-    return launch(generic_grad_bias<T>, grid, generic_threads, generic_warps * sizeof(Accumulator<T>), stream, arguments);
+    return launch(generic_grad_bias<T>, grid, generic_threads, generic_warps * sizeof(Accumulator<T>), stream,
+                  arguments);
 }
 
 template <class T>
@@ -47,8 +48,8 @@ const char *run_bias_gradients(const BackwardArguments<T> &backward, void *strea
     const auto start = [&](const Tensor &t) {
         BiasGradientArguments<T> arguments{};
         arguments.backward = backward;
-        const int64_t extent[8] = {p.batch, x[0].queries, x[1].queries, x[2].queries, p.heads,
-                                   x[0].kernel, x[1].kernel, x[2].kernel};
+        const int64_t extent[8] = {p.batch, x[0].queries, x[1].queries, x[2].queries,
+                                   p.heads, x[0].kernel,  x[1].kernel,  x[2].kernel};
         const int64_t stride[5] = {t.batch, t.axis[0], t.axis[1], t.axis[2], t.head};
         for (int d = 0; d < 8; ++d) arguments.extent[d] = extent[d];
         for (int d = 0; d < 5; ++d) arguments.stride[d] = stride[d];
@@ -103,10 +104,14 @@ size_t workspace(const Problem &p, Pass pass) {
 
 const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
     switch (p.dtype) {
-        case Dtype::float32: return run_typed<float>(p, pass, stream, workspace);
-        case Dtype::float64: return run_typed<double>(p, pass, stream, workspace);
-        case Dtype::float16: return run_typed<float16>(p, pass, stream, workspace);
-        case Dtype::bfloat16: return run_typed<bfloat16>(p, pass, stream, workspace);
+        case Dtype::float32:
+            return run_typed<float>(p, pass, stream, workspace);
+        case Dtype::float64:
+            return run_typed<double>(p, pass, stream, workspace);
+        case Dtype::float16:
+            return run_typed<float16>(p, pass, stream, workspace);
+        case Dtype::bfloat16:
+            return run_typed<bfloat16>(p, pass, stream, workspace);
     }
     return "unknown dtype";
 }
@@ -114,7 +119,7 @@ const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
 }  // namespace
 
 extern const Variant generic_variant;
-const Variant generic_variant = {"cuda_generic", "every option, any NVIDIA GPU from compute capability 7.5", 75,
-                                 declines,       workspace,                                                  run};
+const Variant generic_variant = {
+    "cuda_generic", "every option, any NVIDIA GPU from compute capability 7.5", 75, declines, workspace, run};
 
 }  // namespace localattn::cuda

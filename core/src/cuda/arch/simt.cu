@@ -41,7 +41,8 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (p.channels % 4 || p.value_channels % 4) return "channels must be a multiple of 4";
     if (!unit_aligned(p, p.key, 4, 4) || !unit_aligned(p, p.value, 4, 4))
         return "key and value need contiguous channels and 16-byte alignment";
-    if (!unit_aligned(p, p.query, 1, 4) || !unit_aligned(p, p.output, 1, 4)) return "query and output need contiguous channels";
+    if (!unit_aligned(p, p.query, 1, 4) || !unit_aligned(p, p.output, 1, 4))
+        return "query and output need contiguous channels";
     if (const char *reason = declines_size(p)) return reason;
     const int64_t bytes = with_tile(p, [&](auto tile) {
         using C = decltype(tile);
@@ -59,7 +60,8 @@ const char *run(const Problem &p, Pass, void *stream, void *workspace) {
         using C = decltype(tile);
         const Axis &rows = p.axis[1], &columns = p.axis[2];
         SimtArguments a{};
-        a.query = pointer<const float>(p.query), a.key = pointer<const float>(p.key), a.value = pointer<const float>(p.value);
+        a.query = pointer<const float>(p.query), a.key = pointer<const float>(p.key),
+        a.value = pointer<const float>(p.value);
         a.output = pointer<float>(p.output), a.lse = pointer<float>(p.lse);
         a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
         a.output_view = view_of(p.output), a.lse_view = view_of(p.lse);
@@ -77,7 +79,7 @@ const char *run(const Problem &p, Pass, void *stream, void *workspace) {
 }  // namespace
 
 extern const Variant simt_variant;
-const Variant simt_variant = {"cuda_simt", "tiled float32 without tensor cores, from compute capability 8.0", 80, declines,
-                              workspace,   run};
+const Variant simt_variant = {
+    "cuda_simt", "tiled float32 without tensor cores, from compute capability 8.0", 80, declines, workspace, run};
 
 }  // namespace localattn::cuda

@@ -34,8 +34,8 @@ auto with_width(const Problem &p, Visit visit) {
     return visit(std::integral_constant<int, 128>());
 }
 
-// And so many query columns see the keys of a tile; where windows are shifted inwards, those near the border are seen by
-// half a kernel more.
+// And so many query columns see the keys of a tile; where windows are shifted inwards, those near the border are seen
+// by half a kernel more.
 template <class C>
 int64_t query_columns(const Axis &x) {
     const int64_t centres = C::query_columns + x.kernel + x.stride + (x.border == Border::shift ? x.kernel / 2 : 0);
@@ -152,15 +152,16 @@ template <int width, class T>
 const char *run_backward(const Problem &p, const Workspace &w, void *stream) {
     const StatisticsArguments statistics = {p, w.statistics};
     const int64_t queries = p.batch * p.axis[1].queries * p.axis[2].queries * p.heads;
-    const char *error = launch(fill_statistics<T>, blocks_for(queries, statistics_threads / warp_size), statistics_threads, 0,
-                               stream, statistics);
+    const char *error = launch(fill_statistics<T>, blocks_for(queries, statistics_threads / warp_size),
+                               statistics_threads, 0, stream, statistics);
     if (error) return error;
 
     const Axis &rows = p.axis[1], &columns = p.axis[2];
     GradientArguments<T> a{};
     a.query = pointer<const T>(p.query), a.key = pointer<const T>(p.key), a.value = pointer<const T>(p.value);
     a.grad_output = pointer<const T>(p.grad_output);
-    a.grad_query = pointer<T>(p.grad_query), a.grad_key = pointer<T>(p.grad_key), a.grad_value = pointer<T>(p.grad_value);
+    a.grad_query = pointer<T>(p.grad_query), a.grad_key = pointer<T>(p.grad_key),
+    a.grad_value = pointer<T>(p.grad_value);
     a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
     a.grad_output_view = view_of(p.grad_output), a.grad_query_view = view_of(p.grad_query);
     a.grad_key_view = view_of(p.grad_key), a.grad_value_view = view_of(p.grad_value);
@@ -212,7 +213,7 @@ const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
 }  // namespace
 
 extern const Variant sm80_variant;
-const Variant sm80_variant = {"cuda_sm80", "tensor cores, float16 and bfloat16, from compute capability 8.0", 80,
-                              declines,    workspace,                                                      run};
+const Variant sm80_variant = {
+    "cuda_sm80", "tensor cores, float16 and bfloat16, from compute capability 8.0", 80, declines, workspace, run};
 
 }  // namespace localattn::cuda

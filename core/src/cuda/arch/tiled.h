@@ -24,7 +24,9 @@ inline bool unit_aligned(const Problem &p, const Tensor &t, int64_t elements, in
 
 // Does every offset inside one image, of `rows` by `columns`, fit 31 bits?
 inline bool addressable(const Tensor &t, int64_t rows, int64_t columns) {
-    const auto reach = [](int64_t extent, int64_t stride) { return double(extent) * double(stride < 0 ? -stride : stride); };
+    const auto reach = [](int64_t extent, int64_t stride) {
+        return double(extent) * double(stride < 0 ? -stride : stride);
+    };
     return reach(rows, t.axis[1]) + reach(columns, t.axis[2]) < 2147483648.0;
 }
 
@@ -56,8 +58,10 @@ inline const char *declines_size(const Problem &p) {
         return double(dilation) * (double(extent) / double(dilation) / 8 + 2);
     };
     const double most_rows = tiles(rows.queries > rows.keys ? rows.queries : rows.keys, rows.dilation);
-    const double most_columns = tiles(columns.queries > columns.keys ? columns.queries : columns.keys, columns.dilation);
-    if (most_rows * most_columns * double(p.batch) * double(p.heads) > INT32_MAX) return "more tiles than a grid has blocks";
+    const double most_columns =
+        tiles(columns.queries > columns.keys ? columns.queries : columns.keys, columns.dilation);
+    if (most_rows * most_columns * double(p.batch) * double(p.heads) > INT32_MAX)
+        return "more tiles than a grid has blocks";
     return nullptr;
 }
 
@@ -65,7 +69,8 @@ inline View view_of(const Tensor &t) { return {t.batch, t.head, int32_t(t.axis[1
 
 inline TileAxis tile_axis(int64_t tiled, int64_t streamed, int64_t dilation, int64_t tile_places, const Range *range) {
     const int64_t longest = (tiled + dilation - 1) / dilation;
-    return {int32_t(tiled), int32_t(streamed), int32_t(dilation), int32_t((longest + tile_places - 1) / tile_places), range};
+    return {int32_t(tiled), int32_t(streamed), int32_t(dilation), int32_t((longest + tile_places - 1) / tile_places),
+            range};
 }
 
 inline Extent3 grid_of(const TileAxis &rows, const TileAxis &columns, int64_t images) {

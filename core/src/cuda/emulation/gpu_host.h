@@ -1,5 +1,5 @@
-// gpu.h for the host: each call goes to the emulated block that the calling fiber belongs to. `line` is the caller's, for
-// messages and to tell one collective from another.
+// gpu.h for the host: each call goes to the emulated block that the calling fiber belongs to. `line` is the caller's,
+// for messages and to tell one collective from another.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -9,7 +9,7 @@
 #define GPU_METHOD inline
 #define GPU_ARGUMENT const
 #define GPU_BOUNDS(threads, blocks)
-#define GPU_UNROLL
+#define GPU_UNROLL_FOR for
 #define GPU_TABLE const
 
 #include "machine.h"
@@ -63,7 +63,8 @@ void multiply_add_all(MultiplyAdd *const *lanes) {
     for (int lane = 0; lane < warp_size; lane++)
         for (int half = 0; half < 2; half++) {
             for (int r = 0; r < 4; r++)
-                a[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8 + half] = half_of_pair<Element>(lanes[lane]->a[r], half);
+                a[lane / 4 + r % 2 * 8][lane % 4 * 2 + r / 2 * 8 + half] =
+                    half_of_pair<Element>(lanes[lane]->a[r], half);
             for (int r = 0; r < 2; r++)
                 b[lane % 4 * 2 + r * 8 + half][lane / 4] = half_of_pair<Element>(lanes[lane]->b[r], half);
         }

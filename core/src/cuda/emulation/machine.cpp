@@ -185,7 +185,8 @@ void Machine::park(const uint32_t *word, int line) {
     for (const Fiber &fiber : fibers_) {
         if (length > int(sizeof error_) - 100) break;
         const char *where = fiber.waits_for == &never_ ? "ended" : fiber.waits_for == &epoch_ ? "barrier" : "warp";
-        length += std::snprintf(error_ + length, sizeof error_ - size_t(length), " %d:%s@%d", fiber.id, where, fiber.line);
+        length +=
+            std::snprintf(error_ + length, sizeof error_ - size_t(length), " %d:%s@%d", fiber.id, where, fiber.line);
     }
     fail(nullptr, line);
 }
@@ -235,15 +236,21 @@ void Machine::release() {
 char *Machine::access(SharedAddress address, size_t size, int thread, bool write, int line) {
     const char *wrong = nullptr;
     const int64_t offset = int64_t(address) - shared_base;
-    if (offset < 0 || size_t(offset) + size > size_) wrong = "out of bounds";
-    else if (address % size) wrong = "misaligned access";
+    if (offset < 0 || size_t(offset) + size > size_)
+        wrong = "out of bounds";
+    else if (address % size)
+        wrong = "misaligned access";
     if (!wrong) {
         for (size_t i = size_t(offset) / 4; i < (size_t(offset) + size) / 4; i++) {
             Shadow &word = shadow_[i];
-            if (word.written == Shadow::in_flight) wrong = "access to a copy in flight";
-            else if (!write && !word.written) wrong = "uninitialised read";
-            else if (word.written == epoch_ && word.writer != thread) wrong = "race with an earlier write";
-            else if (write && word.read == epoch_ && word.reader != thread) wrong = "race with an earlier read";
+            if (word.written == Shadow::in_flight)
+                wrong = "access to a copy in flight";
+            else if (!write && !word.written)
+                wrong = "uninitialised read";
+            else if (word.written == epoch_ && word.writer != thread)
+                wrong = "race with an earlier write";
+            else if (write && word.read == epoch_ && word.reader != thread)
+                wrong = "race with an earlier read";
             if (wrong) break;
             if (write) {
                 word.written = epoch_;
@@ -276,8 +283,10 @@ void Machine::finish_copies(size_t pending) {
     while (groups.size() > pending + 1) {
         for (const Copy &copy : groups.front()) {
             const size_t offset = copy.to - shared_base;
-            if (copy.inside) std::memcpy(bytes_.get() + offset, copy.from, 16);
-            else std::memset(bytes_.get() + offset, 0, 16);
+            if (copy.inside)
+                std::memcpy(bytes_.get() + offset, copy.from, 16);
+            else
+                std::memset(bytes_.get() + offset, 0, 16);
             for (size_t i = 0; i < 4; i++) shadow_[offset / 4 + i].written = epoch_;
         }
         groups.erase(groups.begin());
@@ -305,7 +314,8 @@ void Machine::run(Extent3 grid, Extent3 block, const std::function<void()> &body
     if (!error_[0])
         for (const Fiber &fiber : fibers_)
             for (const auto &group : fiber.copy_groups)
-                if (!group.empty()) throw Misuse("copies still in flight at the end of thread " + std::to_string(fiber.id));
+                if (!group.empty())
+                    throw Misuse("copies still in flight at the end of thread " + std::to_string(fiber.id));
     if (error_[0]) throw Misuse(error_);
 }
 

@@ -1,8 +1,8 @@
 // A block of GPU threads on the host. One OS thread runs one block; each GPU thread is a fiber.
 //
 // A fiber runs until a collective (block barrier or warp operation), parks on that collective's epoch and hands over to
-// the next runnable fiber; the last to arrive does the work for all. When no fiber can run, that is a deadlock, reported
-// with every thread's line.
+// the next runnable fiber; the last to arrive does the work for all. When no fiber can run, that is a deadlock,
+// reported with every thread's line.
 //
 // Shared memory is poisoned with NaN and shadowed word by word. Errors are: access out of bounds or misaligned, reading
 // what nobody wrote, touching the target of an asynchronous copy before it has landed, two threads touching a word (one
@@ -61,7 +61,7 @@ struct Warp {
 };
 
 class Machine {
-  public:
+public:
     Machine(int threads, size_t shared_bytes);
     ~Machine();
     Machine(const Machine &) = delete;
@@ -98,7 +98,7 @@ class Machine {
 
     static constexpr SharedAddress shared_base = 1024;  // not zero, as on sm_90
 
-  private:
+private:
     void switch_to(Fiber &to);
     void park(const uint32_t *word, int line);
     bool arrive(void *argument, int line);
