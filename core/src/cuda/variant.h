@@ -20,7 +20,7 @@ struct Variant {
     int32_t capability;  // the least it runs on
     // NULL if the variant takes the problem on a device of that capability, else why not (a string constant).
     const char *(*declines)(const Problem &, Pass, const Device &);
-    // Bytes of device memory, 256-byte aligned.
+    // Bytes of device memory, 64-byte aligned.
     size_t (*workspace)(const Problem &, Pass);
     // Puts every result's computation on the stream, on the current device. Returns NULL, or what the CUDA runtime says
     // went wrong. Extents may be zero.
