@@ -32,12 +32,20 @@ class Plan(NamedTuple):
     timed: list[Shape]  # every peer
     swept: list[Shape]  # for the plot: peers but the slowest
     weighed: list[Shape]  # memory
+    weighed_peers: tuple[str, ...]
     seconds_each: float  # at most, for a peer's calls of one shape and pass
     rounds: int
 
 
-FULL = Plan(SHAPES, [*KERNEL_SWEEP, *SIDE_SWEEP], [*SEEDS, Shape(1, 64, 128, 7), Shape(1, 64, 128, 15)], 6.0, 30)
-QUICK = Plan(QUICK_SHAPES, [], QUICK_SHAPES[:2], 1.0, 10)
+FULL = Plan(
+    SHAPES,
+    [*KERNEL_SWEEP, *SIDE_SWEEP],
+    [*SEEDS, Shape(1, 64, 128, 7), Shape(1, 64, 128, 15)],
+    ("localattn", "halo blocks", "unfold in chunks", "unfold", "SDPA with a mask", "NATTEN"),
+    seconds_each=6.0,
+    rounds=30,
+)
+QUICK = Plan(QUICK_SHAPES, [], QUICK_SHAPES[:1], ("localattn", "unfold"), seconds_each=0.4, rounds=10)
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +86,7 @@ def run(plan: Plan, names: list[str], output: Path) -> None:
             bar.update()
         for shape in plan.weighed:
             for backward, peer in itertools.product((False, True), peers):
-                if peer.declines(shape, backward) is None and peer.name != "flex_attention, compiled":
+                if peer.name in plan.weighed_peers and peer.declines(shape, backward) is None:
                     bar.set_postfix_str(f"memory, {peer.name}, {shape}")
                     _weigh(results, shape, backward, peer)
             bar.update()

@@ -7,6 +7,9 @@ attention and with plain ``F.unfold``. Everything runs on the CPU and offline.
 from __future__ import annotations
 
 import argparse
+import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from tqdm import tqdm
 from .. import _library
 from .baselines import fitted_baselines, quality
 from .cost import step_cost
-from .denoiser import CHANNELS, CROP_SIZE, CROPS, KERNEL_SIZE, NOISE, Denoiser, add_noise, train
+from .denoiser import CHANNELS, CROP_SIZE, CROPS, KERNEL_SIZE, NOISE, Denoiser, Progress, add_noise, train
 from .photographs import held_out_photograph, training_photographs
 from .picture import Panel, write_picture
 
@@ -25,6 +28,7 @@ CROP = (40, 150, 150, 150)  # of the held-out photograph, enlarged in the pictur
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m localattn demo", description=__doc__.partition("\n\n")[2])
     parser.add_argument("--seconds", type=float, default=60, help="time to train for (default: %(default)g)")
+    parser.add_argument("--steps", type=int, help="train for that many steps instead: repeatable")
     parser.add_argument("--output", type=Path, default=Path("localattn-demo.png"), help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, help="(default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)d)")
@@ -44,7 +48,9 @@ def main(argv: list[str]) -> None:
         f"{KERNEL_SIZE}x{KERNEL_SIZE}, trains on {len(photographs)} photographs with noise of {NOISE * 255:.0f}/255; "
         f"{_threads()}."
     )
-    steps = _train_with_bar(denoiser, photographs, arguments.seconds, generator)
+    began = time.perf_counter()
+    steps = _train_with_bar(train(denoiser, photographs, arguments.seconds, arguments.steps, generator))
+    seconds = time.perf_counter() - began
 
     with torch.no_grad():
         denoised = denoiser(noisy.unsqueeze(0)).squeeze(0)
@@ -58,7 +64,7 @@ def main(argv: list[str]) -> None:
     ]
     heading = (
         f"A photograph none of them was fitted to, noise {NOISE * 255:.0f}/255.  Local attention {KERNEL_SIZE}x"
-        f"{KERNEL_SIZE}, trained for {arguments.seconds:g} s on the CPU, {_threads()}."
+        f"{KERNEL_SIZE}, trained for {seconds:.0f} s on the CPU, {_threads()}."
     )
     write_picture(arguments.output, panels, CROP, heading)
 
@@ -76,18 +82,15 @@ def _threads() -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _train_with_bar(
-    denoiser: Denoiser, photographs: list[torch.Tensor], seconds: float, generator: torch.Generator
-) -> int:
+def _train_with_bar(training: Iterator[Progress]) -> int:
     steps = 0
     layout = "{desc} {percentage:3.0f}%|{bar}| {postfix}"
     with tqdm(total=1.0, desc="training", bar_format=layout, mininterval=0.2) as bar:
-        for progress in train(denoiser, photographs, seconds, generator):
+        for progress in training:
             steps = progress.steps
-            psnr = -10 * torch.tensor(progress.loss).log10().item()
+            psnr = -10 * math.log10(progress.loss)
             bar.set_postfix_str(f"step {steps}, loss {progress.loss:.5f}, PSNR {psnr:.2f} dB", refresh=False)
             bar.update(progress.fraction - bar.n)
-        bar.update(1.0 - bar.n)
     return steps
 
 

@@ -82,23 +82,24 @@ def training_step(denoiser: Denoiser, optimizer: torch.optim.Optimizer, clean: T
 
 class Progress(NamedTuple):
     steps: int
-    fraction: float  # of the time that training may take
+    fraction: float  # of the time, or of the steps, that training may take
     loss: float  # mean squared error, averaged over the last few steps
 
 
 def train(
-    denoiser: Denoiser, photographs: list[Tensor], seconds: float, generator: torch.Generator
+    denoiser: Denoiser, photographs: list[Tensor], seconds: float, steps: int | None, generator: torch.Generator
 ) -> Iterator[Progress]:
-    """Trains for that long on random crops, and tells of every step."""
+    """Trains on random crops for that many steps, or if None for that long, and tells of every step."""
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=LEARNING_RATE, weight_decay=1e-4)
     began = time.perf_counter()
-    steps, average = 0, 0.0
-    while (fraction := (time.perf_counter() - began) / seconds) < 1:
+    done, fraction, average = 0, 0.0, 0.0
+    while fraction < 1:
         warm_up = min(1.0, fraction / 0.05 + 0.02)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * warm_up * (1 + math.cos(math.pi * fraction)) / 2
         clean = random_crops(photographs, CROPS, CROP_SIZE, generator)
         loss = training_step(denoiser, optimizer, clean, add_noise(clean, generator))
-        steps += 1
-        average += (loss - average) / min(steps, 50)
-        yield Progress(steps, fraction, average)
+        done += 1
+        average += (loss - average) / min(done, 50)
+        fraction = min(1.0, (time.perf_counter() - began) / seconds if steps is None else done / steps)
+        yield Progress(done, fraction, average)

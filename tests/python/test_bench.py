@@ -67,10 +67,11 @@ def test_multiply_add_peak_is_above_what_a_product_reaches() -> None:
 def test_report_holds_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = Shape(1, 16, 16, 5)
     torch.use_deterministic_algorithms(False)
-    run(Plan([shape], [], [shape], seconds_each=0.05, rounds=2), ["localattn", "halo blocks", "unfold"], tmp_path)
+    peers = ("localattn", "halo blocks", "unfold")
+    run(Plan([shape], [], [shape], peers, seconds_each=0.05, rounds=2), list(peers), tmp_path)
     rows = list(csv.DictReader((tmp_path / "bench.csv").open()))
     measured = {(row["peer"], row["pass"], row["dtype"]) for row in rows}
-    both = [("localattn", "bfloat16"), *((peer, "float32") for peer in ("localattn", "halo blocks", "unfold"))]
+    both = [("localattn", "bfloat16"), *((peer, "float32") for peer in peers)]
     assert measured == {(peer, which, dtype) for peer, dtype in both for which in ("forward", "forward+backward")}
     assert all(float(row["warm_s"]) > 0 for row in rows)
     assert all(int(row["peak_bytes"]) > 0 for row in rows if row["dtype"] == "float32")
