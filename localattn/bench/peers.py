@@ -101,11 +101,13 @@ class UnfoldInChunks(Peer):
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             padding = (0, 0, 0, 0, reach, reach, reach, reach)
-            key, value = (F.pad(x[0], padding).unfold(0, kernel, 1).unfold(1, kernel, 1) for x in (key, value))
+            key, value = (F.pad(x[0], padding) for x in (key, value))
             outputs = []
             for begin in range(0, side, rows):
                 part = slice(begin, begin + rows)
-                keys, values = (x[part].flatten(-2) for x in (key, value))  # (rows, side, heads, C, window)
+                seen = slice(begin, min(begin + rows, side) + kernel - 1)
+                # (rows, side, heads, C, window)
+                keys, values = (x[seen].unfold(0, kernel, 1).unfold(1, kernel, 1).flatten(-2) for x in (key, value))
                 scores = (query[0, part].unsqueeze(-2) * shape.channels**-0.5) @ keys
                 weights = scores.masked_fill(outside[part], float("-inf")).softmax(-1)
                 outputs.append((values @ weights.transpose(-1, -2)).squeeze(-1))

@@ -88,7 +88,7 @@ def _conditions(results: Results) -> str:
     runnable = [variant.name for variant in _library.variants() if variant.unavailable is None]
     peak = "not measured: no C compiler" if results.peak is None else f"{results.peak / 1e9:.0f} GFLOP/s"
     return (
-        f"{processor()}; {results.threads} threads; {platform.system()} {platform.release()}; torch "
+        f"{processor()}; threads: {results.threads}; {platform.system()} {platform.release()}; torch "
         f"{torch.__version__}; localattn {_library.version()}, best variant {runnable[0]}.\n\n"
         f"float32 multiply-add peak of these threads, measured: {peak}. Times are medians of interleaved rounds (in "
         "brackets the quartiles), warm (right after the same call) unless called cold (after 64 MiB of other memory "
@@ -240,7 +240,7 @@ def _plot(results: Results, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     if time.lines:
         time.legend(frameon=False, fontsize=9)
-    figure.suptitle(f"{processor()}, {results.threads} threads, float32", fontsize=11, color="#444444")
+    figure.suptitle(f"{processor()}, threads: {results.threads}, float32", fontsize=11, color="#444444")
     figure.savefig(path)
 
 
