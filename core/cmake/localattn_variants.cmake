@@ -9,6 +9,12 @@ function(localattn_cpu_variant file)
     # Without optimisation inline functions would stay behind as weak symbols, compiled for this instruction set, of which
     # the linker keeps one copy for all.
     set(optimised $<$<OR:$<CONFIG:Debug>,$<STREQUAL:$<CONFIG>,>>:-O1>)
-    set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${ARGN};${optimised}")
+    # The unrolled kernels would take gcc ten minutes with every check on every load. Bounds are what matters there:
+    # loads are declared unaligned, and no pointer is made from an integer.
+    set(checked "")
+    if(LOCALATTN_SANITIZE MATCHES "undefined")
+        set(checked -O1 -fno-sanitize=alignment,null,object-size)
+    endif()
+    set_source_files_properties(${file} PROPERTIES COMPILE_OPTIONS "${ARGN};${optimised};${checked}")
     set_property(TARGET localattn_objects APPEND PROPERTY LOCALATTN_CPU_VARIANTS ${name})
 endfunction()
