@@ -21,7 +21,7 @@ from .. import _library
 from .measure import in_fresh_process, interleaved, matrix_product, multiply_add_peak, peak_memory
 from .peers import PEERS, Peer, by_name
 from .report import Results, write_report
-from .shapes import KERNEL_SWEEP, QUICK_SHAPES, SEEDS, SHAPES, SIDE_SWEEP, Shape
+from .shapes import KERNEL_SWEEP, QUICK_SHAPES, QUICK_SWEEP, SEEDS, SHAPES, SIDE_SWEEP, Shape
 
 MM_SIZE = 2048
 
@@ -30,7 +30,8 @@ class Plan(NamedTuple):
     """How much is measured."""
 
     timed: list[Shape]  # every peer
-    swept: list[Shape]  # for the plot: peers but the slowest
+    swept: list[Shape]  # for the plot, float32 only
+    swept_peers: tuple[str, ...]
     weighed: list[Shape]  # memory
     weighed_peers: tuple[str, ...]
     seconds_each: float  # at most, for a peer's calls of one shape and pass
@@ -40,12 +41,21 @@ class Plan(NamedTuple):
 FULL = Plan(
     SHAPES,
     [*KERNEL_SWEEP, *SIDE_SWEEP],
+    ("localattn", "halo blocks", "flex_attention, compiled", "unfold in chunks", "NATTEN"),
     [*SEEDS, Shape(1, 64, 128, 7), Shape(1, 64, 128, 15)],
     ("localattn", "halo blocks", "unfold in chunks", "unfold", "SDPA with a mask", "NATTEN"),
     seconds_each=6.0,
     rounds=30,
 )
-QUICK = Plan(QUICK_SHAPES, [], QUICK_SHAPES[:1], ("localattn", "unfold"), seconds_each=0.4, rounds=10)
+QUICK = Plan(
+    QUICK_SHAPES,
+    QUICK_SWEEP,
+    ("localattn", "halo blocks", "unfold in chunks"),
+    QUICK_SHAPES[:1],
+    ("localattn", "unfold"),
+    seconds_each=0.4,
+    rounds=10,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -81,7 +91,7 @@ def run(plan: Plan, names: list[str], output: Path) -> None:
         for shape, backward, dtype in jobs:
             taking = [peer for peer in peers if peer.reduced or dtype is torch.float32]
             if shape not in plan.timed:
-                taking = [peer for peer in taking if peer.name not in ("unfold", "SDPA with a mask")]
+                taking = [peer for peer in taking if peer.name in plan.swept_peers]
             _time(results, shape, backward, dtype, taking, plan, bar)
             bar.update()
         for shape in plan.weighed:

@@ -238,8 +238,9 @@ def _plot(results: Results, path: Path) -> None:
         axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
         axis.spines[["top", "right"]].set_visible(False)
-    if time.lines:
-        time.legend(frameon=False, fontsize=9)
+    handles, labels = next((found for axis in (time, pixels, memory) if (found := axis.get_legend_handles_labels())[0]),
+                           ([], []))  # fmt: skip
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, len(labels)), frameon=False, fontsize=9)
     figure.suptitle(f"{processor()}, threads: {results.threads}, float32", fontsize=11, color="#444444")
     figure.savefig(path)
 

@@ -51,3 +51,4 @@ KERNEL_SWEEP = [Shape(1, 64, 128, kernel) for kernel in (3, 5, 7, 9, 11, 13, 17,
 SIDE_SWEEP = [Shape(4, 32, side, 7) for side in (32, 64, 128, 256, 512)]
 
 QUICK_SHAPES = [Shape(1, 64, 128, 5), Shape(4, 32, 64, 7)]
+QUICK_SWEEP = [Shape(1, 64, 128, 11), Shape(4, 32, 32, 7), Shape(4, 32, 128, 7)]

@@ -68,7 +68,7 @@ def test_report_holds_every_measurement(tmp_path: Path, capsys: pytest.CaptureFi
     shape = Shape(1, 16, 16, 5)
     torch.use_deterministic_algorithms(False)
     peers = ("localattn", "halo blocks", "unfold")
-    run(Plan([shape], [], [shape], peers, seconds_each=0.05, rounds=2), list(peers), tmp_path)
+    run(Plan([shape], [], (), [shape], peers, seconds_each=0.05, rounds=2), list(peers), tmp_path)
     rows = list(csv.DictReader((tmp_path / "bench.csv").open()))
     measured = {(row["peer"], row["pass"], row["dtype"]) for row in rows}
     both = [("localattn", "bfloat16"), *((peer, "float32") for peer in peers)]
