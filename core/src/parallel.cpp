@@ -78,7 +78,8 @@ Workers workers_for(const localattn_context &context, double multiplications) {
         workers.run = run_on_executor;
         workers.implementation = context.executor;
     } else {
-        workers.count = context.num_threads > 0 ? context.num_threads : worthwhile_threads(multiplications, available_cores());
+        workers.count =
+            context.num_threads > 0 ? context.num_threads : worthwhile_threads(multiplications, available_cores());
         workers.run = run_on_threads;
     }
     return workers;

@@ -410,7 +410,7 @@ void run(const Problem &p, Pass pass, const Workers &workers, void *workspace) {
 
 extern const Variant reference_variant;
 const Variant reference_variant = {
-    "reference", "slow and obviously right, accumulating in double", 0, declines, workspace, run,
-    {window_product_workspace, run_window_product}};
+    "reference", "slow and obviously right, accumulating in double", 0, declines, workspace,
+    run,         {window_product_workspace, run_window_product}};
 
 }  // namespace localattn
