@@ -449,7 +449,7 @@ def test_original_refusals():
         original.f_similar(x[0], x, 3, 3)
     with pytest.raises(ValueError, match=r"x_weight must have shape \(2, 6, 5, 9\), got \(2, 6, 5, 8\)"):
         original.f_weighting(x, random(2, 6, 5, 8), 3, 3)
-    with pytest.raises(ValueError, match="kernel_size must be at least 1"):
+    with pytest.raises(ValueError, match=r"kernel_size.* is 0, but must be"):
         original.f_similar(x, x, 0, 3)
 
 
@@ -507,7 +507,7 @@ def test_fork_refusals():
         fork.f_similar(x, x[:3], 3, 3)
     with pytest.raises(ValueError, match=r"x_weight must be \(batch, height, width, 5\)"):
         fork.f_weighting(x, random(4, 6, 5, 9), 3, 3, True)
-    with pytest.raises(ValueError, match="needs an odd kernel_size"):
+    with pytest.raises(ValueError, match="kernel_size.*odd"):
         fork.f_similar(x, x, 4, 3, casual_mask=True)
 
 
