@@ -507,7 +507,7 @@ def test_fork_refusals():
         fork.f_similar(x, x[:3], 3, 3)
     with pytest.raises(ValueError, match=r"x_weight must be \(batch, height, width, 5\)"):
         fork.f_weighting(x, random(4, 6, 5, 9), 3, 3, True)
-    with pytest.raises(ValueError, match="kernel_size.*odd"):
+    with pytest.raises(ValueError, match=r"kernel_size.*odd"):
         fork.f_similar(x, x, 4, 3, casual_mask=True)
 
 
