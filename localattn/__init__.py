@@ -9,15 +9,25 @@ packages in ``localattn.compat``, and the readable definition of everything in `
 from importlib import metadata
 
 from . import compat, nn, reference
-from .ops import attention_variant, local_attention, merge_attentions, similarity, weighting
+from .ops import (
+    attention_variant,
+    linear_attention,
+    local_attention,
+    merge_attentions,
+    routed_attention,
+    similarity,
+    weighting,
+)
 
 __all__ = [
     "attention_variant",
     "compat",
+    "linear_attention",
     "local_attention",
     "merge_attentions",
     "nn",
     "reference",
+    "routed_attention",
     "similarity",
     "weighting",
 ]

@@ -1,5 +1,5 @@
-"""The operators that the modules and the compatibility layers are built on: fused where there is a kernel, else the
-readable definition (the only place that knows which is which), and differentiable in forward mode too."""
+"""The operators that the modules and the compatibility layers are built on: the fused ones, differentiable in forward
+mode too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch.autograd import forward_ad
 
 from . import ops, reference
 from .ops import merge_attentions
-from .reference import linear_attention, routed_attention
 
 __all__ = ["linear_attention", "local_attention", "merge_attentions", "routed_attention", "similarity", "weighting"]
 
@@ -40,5 +39,7 @@ def _any_tangent(arguments: Iterable) -> bool:
 
 
 local_attention = _with_forward_mode(ops.local_attention, reference.local_attention)
+linear_attention = _with_forward_mode(ops.linear_attention, reference.linear_attention)
+routed_attention = _with_forward_mode(ops.routed_attention, reference.routed_attention)
 similarity = _with_forward_mode(ops.similarity, reference.similarity)
 weighting = _with_forward_mode(ops.weighting, reference.weighting)

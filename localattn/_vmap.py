@@ -13,7 +13,7 @@ from ._autograd import BACKWARD_DIFFERENTIABLE, FORWARD_DIFFERENTIABLE
 def _mapped(operator, bias_positions, info, in_dims, *arguments):
     if any(arguments[i] is not None for i in bias_positions):
         # A bias may lack the batch dimension that would take the mapped one, so each slice is a call of its own.
-        return _slice_by_slice(operator, info, in_dims, *arguments)
+        return slice_by_slice(operator, info, in_dims, *arguments)
     return mapped_into_batch(operator, info, in_dims, *arguments)
 
 
@@ -34,7 +34,7 @@ def mapped_into_batch(operator, info, in_dims, *arguments):
     return split, tuple(0 if r.dim() > 1 else None for r in results)
 
 
-def _slice_by_slice(operator, info, in_dims, *arguments):
+def slice_by_slice(operator, info, in_dims, *arguments):
     def slice_of(argument, dim, i):
         return argument.select(dim, i) if isinstance(argument, Tensor) and dim is not None else argument
 

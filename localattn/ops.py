@@ -8,12 +8,21 @@ import torch
 from torch import Tensor
 
 from . import _library, reference
-from ._arguments import Causal, IntOrTuple, window_options
+from ._arguments import Causal, IntOrTuple, ints_per_axis, window_options
 
 if _library.load_error is None:
-    from . import _autograd, _fake, _flops, _vmap, _window_products  # noqa: F401  registered by being imported
+    # Registered by being imported.
+    from . import _autograd, _fake, _flops, _linear_attention, _routed_attention, _vmap, _window_products  # noqa: F401
 
-__all__ = ["attention_variant", "local_attention", "merge_attentions", "similarity", "weighting"]
+__all__ = [
+    "attention_variant",
+    "linear_attention",
+    "local_attention",
+    "merge_attentions",
+    "routed_attention",
+    "similarity",
+    "weighting",
+]
 
 
 def local_attention(
@@ -179,6 +188,87 @@ def weighting(
     return torch.ops.localattn.weighting(weights, value, *options)
 
 
+def routed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_index: Tensor,
+    region_size: IntOrTuple,
+    *,
+    kv_region_size: IntOrTuple | None = None,
+    region_weight: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every region of queries to a few regions of keys, which are read in place: neither gathered keys and
+    values nor an attention matrix is formed, and the gradient is deterministic (bi-level routing, Zhu et al., 2023,
+    https://arxiv.org/abs/2303.08810). Differentiable in every floating argument; second derivatives gather.
+
+    Args:
+        query: ``(batch, H, W, heads, channels)``; float32, float64, float16 or bfloat16. All floating arguments have
+            its dtype.
+        key: ``(batch, Hk, Wk, heads, channels)``.
+        value: ``(batch, Hk, Wk, heads, value_channels)``.
+        region_index: int64 ``(batch, regions, topk)``, the regions of keys that each region of queries attends to,
+            numbered row-major and shared by the heads. A duplicate counts twice.
+        region_size: pixels per axis of a query region, an int or two; divides H and W.
+        kv_region_size: the same for keys, giving as many regions per axis; None is region_size.
+        region_weight: ``(batch, regions, topk)``, multiplies key and value of that region.
+        scale: of the scores; None is ``channels ** -0.5``, and 0.0 means 0.
+        return_lse: also return the scores' natural log-sum-exp, which is differentiable too.
+
+    Returns:
+        ``(batch, H, W, heads, value_channels)`` in query's dtype, and in its memory order if that is channels-first;
+        with ``return_lse`` also ``(batch, H, W, heads)`` in float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape or value is not allowed; an index is out of range.
+        TypeError: a dtype is not supported, or not that of query.
+        RuntimeError: the tensors lie on different devices, or no kernel is installed that can do it.
+    """
+    _library.require_operators()
+    tensors = {"query": query, "key": key, "value": value, "region_index": region_index}
+    if region_weight is not None:
+        tensors["region_weight"] = region_weight
+    _check_tensors(tensors)
+    size = ints_per_axis("region_size", region_size, 2)
+    kv_size = size if kv_region_size is None else ints_per_axis("kv_region_size", kv_region_size, 2)
+    query, key, value, region_weight = _autocast(query.device, query, key, value, region_weight)
+    output, lse = torch.ops.localattn.routed_attention(
+        query, key, value, region_index, size, kv_size, region_weight, scale
+    )
+    return (output, lse) if return_lse else output
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+    """Efficient attention with linear complexity (Shen et al., 2018, https://arxiv.org/abs/1812.01243), streamed: the
+    key's softmax runs over positions, the query's over its channels, nothing is scaled, and neither normalised tensor
+    is stored. Differentiable; second derivatives take the memory of the readable definition.
+
+    Args:
+        query: ``(batch, *Sq, heads, channels)``, one to three spatial axes; float32, float64, float16 or bfloat16.
+        key: ``(batch, *Sk, heads, channels)``, of query's dtype; ``Sk`` may differ from ``Sq``.
+        value: ``(batch, *Sk, heads, value_channels)``.
+        key_mask: bool, broadcastable to ``(batch, *Sk)``; False leaves that key out. Where all keys are left out the
+            result is zeros.
+
+    Returns:
+        ``(batch, *Sq, heads, value_channels)`` in query's dtype, and in its memory order if that is channels-first.
+
+    Raises:
+        ValueError: a shape is not allowed.
+        TypeError: a dtype is not supported, or not that of query.
+        RuntimeError: the tensors lie on different devices, or no kernel is installed that can do it.
+    """
+    _library.require_operators()
+    tensors = {"query": query, "key": key, "value": value}
+    if key_mask is not None:
+        tensors["key_mask"] = key_mask
+    _check_tensors(tensors)
+    query, key, value = _autocast(query.device, query, key, value)
+    return torch.ops.localattn.linear_attention(query, key, value, key_mask)[0]
+
+
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """One attention over all keys from attentions over parts of them.
 
@@ -236,11 +326,7 @@ def _native_arguments(
 def _window_arguments(name, first, other_name, other, kernel_size, stride, dilation, is_causal, border) -> tuple:
     """Two tensors that share a window, cast as autocast has it, and the window's options."""
     _library.require_operators()
-    for tensor_name, tensor in ((name, first), (other_name, other)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{tensor_name} must be a Tensor, got {type(tensor).__name__}")
-    if other.device != first.device:
-        raise RuntimeError(f"{other_name} must be on the device of {name}, {first.device}, got {other.device}")
+    _check_tensors({name: first, other_name: other})
     rank = first.dim() - 3
     if not 1 <= rank <= 3:
         raise ValueError(
@@ -248,6 +334,16 @@ def _window_arguments(name, first, other_name, other, kernel_size, stride, dilat
         )
     first, other = _autocast(first.device, first, other)
     return first, other, window_options(rank, kernel_size, stride, dilation, is_causal, border)
+
+
+def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
+    """All are tensors, on the device of the first."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.device != first.device:
+            raise RuntimeError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
 
 
 def _autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -394,6 +394,23 @@ def routed_attention(
             f"{int(region_index.max())}"
         )
     scale = channels**-0.5 if scale is None else scale
+    output, lse = attend_to_regions(query, key, value, region_index, size, kv_size, region_weight, scale)
+    return (output, lse) if return_lse else output
+
+
+def attend_to_regions(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    region_index: Tensor,
+    size: Sequence[int],
+    kv_size: Sequence[int],
+    region_weight: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`routed_attention` with its log-sum-exp, of arguments that are checked."""
+    batch = query.shape[0]
+    grid = (query.shape[1] // size[0], query.shape[2] // size[1])
 
     def cut(tensor: Tensor, sizes: tuple[int, ...]) -> Tensor:  # -> (batch, regions, pixels, heads, channels)
         tensor = tensor.unflatten(2, (grid[1], sizes[1])).unflatten(1, (grid[0], sizes[0]))
@@ -414,7 +431,7 @@ def routed_attention(
         return tensor.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
     output = join(weights @ routed(value)).to(query.dtype)
-    return (output, join(lse)) if return_lse else output
+    return output, join(lse)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, key_mask: Tensor | None = None) -> Tensor:

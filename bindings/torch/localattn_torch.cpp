@@ -71,11 +71,7 @@ private:
         TORCH_CHECK_VALUE(query.size(-1) > 0, "query must have at least 1 channel, got shape ", query.sizes());
         TORCH_CHECK_VALUE(key.size(-2) > 0 && query.size(-2) % key.size(-2) == 0, "the heads of key must divide the ",
                           query.size(-2), " heads of query, got shape ", key.sizes());
-        Shape value_shape = key.sizes().vec();
-        value_shape.back() = value.dim() ? value.size(-1) : 0;
-        TORCH_CHECK_VALUE(value.sizes() == value_shape, "value must have the batch, extents and heads of key, ",
-                          key.sizes().slice(0, key.dim() - 1), ", got shape ", value.sizes());
-        TORCH_CHECK_VALUE(value.size(-1) > 0, "value must have at least 1 channel, got shape ", value.sizes());
+        check_value(value, key);
         check_dtype("key", key, query.scalar_type());
         check_dtype("value", value, query.scalar_type());
     }

@@ -45,6 +45,14 @@ inline void check_shape(const char *name, const Tensor &tensor, at::IntArrayRef 
     TORCH_CHECK_VALUE(tensor.sizes() == expected, name, " must have shape ", expected, ", got ", tensor.sizes());
 }
 
+inline void check_value(const Tensor &value, const Tensor &key) {
+    Shape shape = key.sizes().vec();
+    shape.back() = value.dim() ? value.size(-1) : 0;
+    TORCH_CHECK_VALUE(value.sizes() == shape, "value must have the batch, extents and heads of key, ",
+                      key.sizes().slice(0, key.dim() - 1), ", got shape ", value.sizes());
+    TORCH_CHECK_VALUE(value.size(-1) > 0, "value must have at least 1 channel, got shape ", value.sizes());
+}
+
 // `tensor` seen in `shape`, with stride 0 along broadcast axes.
 inline Tensor broadcast(const char *name, const Tensor &tensor, const Shape &shape) {
     bool fits = tensor.dim() <= static_cast<int64_t>(shape.size());

@@ -4,7 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "linear_attention.h"
 #include "problem.h"
+#include "routed_attention.h"
 #include "window_product.h"
 
 namespace localattn {
@@ -43,6 +45,8 @@ struct Variant {
     // declined.
     void (*run)(const Problem &, Pass, const Workers &, void *workspace);
     Kernel<WindowProduct> window_product{};
+    Kernel<LinearProblem> linear_attention{};
+    Kernel<RoutedProblem> routed_attention{};
 };
 
 }  // namespace localattn

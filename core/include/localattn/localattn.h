@@ -252,6 +252,83 @@ typedef struct localattn_weighting_params {
     localattn_tensor grad_value;
 } localattn_weighting_params;
 
+/* Attention whose cost grows linearly with the number of pixels (Shen et al., 2018, arXiv 1812.01243): the key is
+ * normalised over positions, the query over its channels, and nothing is scaled.
+ *
+ *     context[j, e] = sum over keys n of softmax_n(key[n, j]) * value[n, e]
+ *     output[q, e]  = sum over channels j of softmax_j(query[q, j]) * context[j, e]
+ *
+ * per batch and head, over all positions of a map; the two maps may differ. Neither normalised tensor is stored. Keys
+ * that key_mask leaves out count for nothing; where no key is left, context is 0 and key_lse -infinity.
+ *
+ * The forward reads query, key, value, key_mask, and writes output and, if given, context and key_lse. The backward reads
+ * those inputs, context and key_lse (as the forward wrote them) and grad_output, and writes each gradient given. dtype as
+ * for attention; context and key_lse are float32 (float64 for float64). */
+typedef struct localattn_linear_attention_params {
+    size_t struct_size;
+    int32_t dtype; /* localattn_dtype */
+    int32_t rank;  /* 1, 2 or 3 spatial axes */
+    int64_t batch;
+    int64_t heads;
+    int64_t channels;       /* of query and key, per head; at least 1 */
+    int64_t value_channels; /* of value and output, per head; 0 means channels */
+    int64_t query_extent[3];
+    int64_t key_extent[3];
+
+    localattn_tensor query;    /* (batch, *query_extent, heads, channels) */
+    localattn_tensor key;      /* (batch, *key_extent, heads, channels) */
+    localattn_tensor value;    /* (batch, *key_extent, heads, value_channels) */
+    localattn_tensor key_mask; /* (batch, *key_extent), uint8: nonzero attends, 0 leaves that key out */
+    localattn_tensor output;   /* (batch, *query_extent, heads, value_channels) */
+    localattn_tensor context;  /* (batch, heads, channels in spatial_stride[0], value_channels) */
+    localattn_tensor key_lse;  /* (batch, heads, channels): log-sum-exp of the keys over their positions */
+
+    localattn_tensor grad_output;
+    localattn_tensor grad_query;
+    localattn_tensor grad_key;
+    localattn_tensor grad_value;
+} localattn_linear_attention_params;
+
+/* Attention of every region of queries to a few regions of keys (bi-level routing, Zhu et al., 2023, arXiv 2303.08810).
+ * Both maps are cut into one grid of regions, numbered row by row. The queries of region r attend to all pixels of the
+ * regions region_index[r, :], which are read where they lie; a region chosen twice counts twice. region_weight multiplies
+ * the keys and the values of a choice. All indices are checked before anything else is read.
+ *
+ * The forward writes output and, if given, lse; the backward reads the inputs, output, lse, grad_output and, if given,
+ * grad_lse, and writes each gradient given. dtype as for attention; lse, grad_lse and grad_region_weight are float32
+ * (float64 for float64). A query without keys (topk 0) gives zeros, lse = -infinity and zero gradients. */
+typedef struct localattn_routed_attention_params {
+    size_t struct_size;
+    int32_t dtype; /* localattn_dtype */
+    int32_t has_scale; /* 0: scale is channels^-0.5 */
+    double scale;
+    int64_t batch;
+    int64_t heads;
+    int64_t channels;       /* of query and key, per head; at least 1 */
+    int64_t value_channels; /* of value and output, per head; 0 means channels */
+    int64_t query_extent[2];
+    int64_t key_extent[2];
+    int64_t region_size[2];    /* pixels per axis of a region of queries; divides query_extent */
+    int64_t kv_region_size[2]; /* of keys; 0 means region_size; gives as many regions per axis */
+    int64_t topk;              /* choices per region */
+    int64_t reserved;
+
+    localattn_tensor query;         /* (batch, *query_extent, heads, channels) */
+    localattn_tensor key;           /* (batch, *key_extent, heads, channels) */
+    localattn_tensor value;         /* (batch, *key_extent, heads, value_channels) */
+    localattn_tensor region_index;  /* (batch, regions in spatial_stride[0], topk), int64 */
+    localattn_tensor region_weight; /* the same, of dtype; absent: all 1 */
+    localattn_tensor output;        /* (batch, *query_extent, heads, value_channels) */
+    localattn_tensor lse;           /* (batch, *query_extent, heads) */
+
+    localattn_tensor grad_output;
+    localattn_tensor grad_lse;
+    localattn_tensor grad_query;
+    localattn_tensor grad_key;
+    localattn_tensor grad_value;
+    localattn_tensor grad_region_weight;
+} localattn_routed_attention_params;
+
 /* localattn_attention_params p = LOCALATTN_INIT(localattn_attention_params); zeroed, but for its struct_size. */
 #ifdef __cplusplus
 #define LOCALATTN_INIT(type)                \
@@ -309,6 +386,14 @@ LOCALATTN_API localattn_status localattn_weighting_variant(const localattn_conte
                                                            const localattn_weighting_params *params,
                                                            localattn_pass pass, const char **name, char *report,
                                                            size_t report_size);
+LOCALATTN_API localattn_status localattn_linear_attention_forward(const localattn_context *context, const localattn_linear_attention_params *params);
+LOCALATTN_API localattn_status localattn_linear_attention_backward(const localattn_context *context, const localattn_linear_attention_params *params);
+LOCALATTN_API localattn_status localattn_linear_attention_workspace_size(const localattn_context *context, const localattn_linear_attention_params *params, localattn_pass pass, size_t *size);
+LOCALATTN_API localattn_status localattn_linear_attention_variant(const localattn_context *context, const localattn_linear_attention_params *params, localattn_pass pass, const char **name, char *report, size_t report_size);
+LOCALATTN_API localattn_status localattn_routed_attention_forward(const localattn_context *context, const localattn_routed_attention_params *params);
+LOCALATTN_API localattn_status localattn_routed_attention_backward(const localattn_context *context, const localattn_routed_attention_params *params);
+LOCALATTN_API localattn_status localattn_routed_attention_workspace_size(const localattn_context *context, const localattn_routed_attention_params *params, localattn_pass pass, size_t *size);
+LOCALATTN_API localattn_status localattn_routed_attention_variant(const localattn_context *context, const localattn_routed_attention_params *params, localattn_pass pass, const char **name, char *report, size_t report_size);
 
 /* The variants built into this library, best first: 0 <= index < localattn_variant_count(). `unavailable` is NULL if
  * this machine can run it, else the reason. All strings live as long as the library. */

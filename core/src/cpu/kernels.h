@@ -3,6 +3,8 @@
 #include "../variant.h"
 #include "backward.h"
 #include "forward.h"
+#include "linear_attention.h"
+#include "routed_attention.h"
 #include "window_product.h"
 
 namespace localattn::cpu {
@@ -171,6 +173,24 @@ struct Operators {
         return with_codec<Isa>(problem.dtype,
                                [&](const auto &codec) { return run_window_product(problem, codec, workers, memory); });
     }
+    static size_t linear_attention(const LinearProblem &problem, const Workers &workers, void *memory) {
+        return with_codec<Isa>(problem.dtype,
+                               [&](const auto &codec) { return linear(problem, codec, workers, memory); });
+    }
+    static size_t routed_attention(const RoutedProblem &problem, const Workers &workers, void *memory) {
+        return with_codec<Isa>(problem.dtype,
+                               [&](const auto &codec) { return routed(problem, codec, workers, memory); });
+    }
+
+private:
+    template <class V>
+    static size_t linear(const LinearProblem &problem, const Codec<V> &codec, const Workers &workers, void *memory) {
+        return Linear<V>{problem, codec}.run(workers, memory);
+    }
+    template <class V>
+    static size_t routed(const RoutedProblem &problem, const Codec<V> &codec, const Workers &workers, void *memory) {
+        return Routed<V>{problem, codec}.run(workers, memory);
+    }
 };
 
 // A kernel of the record from a function that runs a problem or, without memory, measures what it needs.
@@ -191,6 +211,12 @@ struct Records {
     static constexpr Kernel<WindowProduct> window_product{
         KernelOf<WindowProduct, Operators<Isa>::window_product>::workspace,
         KernelOf<WindowProduct, Operators<Isa>::window_product>::start};
+    static constexpr Kernel<LinearProblem> linear_attention{
+        KernelOf<LinearProblem, Operators<Isa>::linear_attention>::workspace,
+        KernelOf<LinearProblem, Operators<Isa>::linear_attention>::start};
+    static constexpr Kernel<RoutedProblem> routed_attention{
+        KernelOf<RoutedProblem, Operators<Isa>::routed_attention>::workspace,
+        KernelOf<RoutedProblem, Operators<Isa>::routed_attention>::start};
 };
 
 }  // namespace localattn::cpu

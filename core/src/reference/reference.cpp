@@ -409,8 +409,14 @@ void run(const Problem &p, Pass pass, const Workers &workers, void *workspace) {
 }  // namespace
 
 extern const Variant reference_variant;
-const Variant reference_variant = {
-    "reference", "slow and obviously right, accumulating in double", 0, declines, workspace,
-    run,         {window_product_workspace, run_window_product}};
+const Variant reference_variant = {"reference",
+                                   "slow and obviously right, accumulating in double",
+                                   0,
+                                   declines,
+                                   workspace,
+                                   run,
+                                   {window_product_workspace, run_window_product},
+                                   {linear_attention_workspace, run_linear_attention},
+                                   {routed_attention_workspace, run_routed_attention}};
 
 }  // namespace localattn

@@ -66,6 +66,8 @@ const Variant avx2_variant = {
     cpu::workspace<Avx2>,
     cpu::run<Avx2>,
     cpu::Records<Avx2>::window_product,
+    cpu::Records<Avx2>::linear_attention,
+    cpu::Records<Avx2>::routed_attention,
 };
 
 }  // namespace localattn

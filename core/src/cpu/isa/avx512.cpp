@@ -88,6 +88,8 @@ const Variant avx512_variant = {
     cpu::workspace<Avx512>,
     cpu::run<Avx512>,
     cpu::Records<Avx512>::window_product,
+    cpu::Records<Avx512>::linear_attention,
+    cpu::Records<Avx512>::routed_attention,
 };
 
 }  // namespace localattn

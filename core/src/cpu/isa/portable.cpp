@@ -45,8 +45,15 @@ struct Portable {
 
 extern const Variant portable_variant;
 const Variant portable_variant = {
-    "portable",         "fused, 4 queries a register, any machine", 0, cpu::declines_nothing, cpu::workspace<Portable>,
-    cpu::run<Portable>, cpu::Records<Portable>::window_product,
+    "portable",
+    "fused, 4 queries a register, any machine",
+    0,
+    cpu::declines_nothing,
+    cpu::workspace<Portable>,
+    cpu::run<Portable>,
+    cpu::Records<Portable>::window_product,
+    cpu::Records<Portable>::linear_attention,
+    cpu::Records<Portable>::routed_attention,
 };
 
 }  // namespace localattn

@@ -1,0 +1,106 @@
+"""What torch needs to know of linear_attention: derivatives (the first fused, higher ones through the readable
+definition, whose memory grows with the number of pixels), shapes for tracing, FLOPs, vmap."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import reference
+from ._fake import empty_ordered_as
+from ._vmap import mapped_into_batch, slice_by_slice
+
+_forward = torch.ops.localattn.linear_attention
+_backward = torch.ops.localattn.linear_attention_backward
+
+
+def _save(ctx, inputs, output) -> None:
+    query, key, value, key_mask = inputs
+    _, context, key_lse = output
+    ctx.mark_non_differentiable(context, key_lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, context, key_lse, key_mask)
+
+
+def _gradients(ctx, grad_output: Tensor | None, *_):
+    if grad_output is None:
+        return None, None, None, None
+    needed = list(ctx.needs_input_grad[:3])
+    gradients = _backward(grad_output, *ctx.saved_tensors, needed)
+    return (*(g if need else None for g, need in zip(gradients, needed)), None)
+
+
+def _save_backward(ctx, inputs, output) -> None:
+    ctx.needed = inputs[7]
+    ctx.save_for_backward(*inputs[:4], inputs[6])
+
+
+def _second_gradients(ctx, *grad_gradients: Tensor):
+    """context and key_lse are functions of the other arguments, so what they contribute is in the others' gradients."""
+    *differentiable, key_mask = ctx.saved_tensors
+    if key_mask is not None:
+        key_mask = key_mask.expand(differentiable[2].shape[:-2])
+
+    def first_gradients(grad_output, *inputs):
+        _, pullback = torch.func.vjp(functools.partial(reference.linear_attention, key_mask=key_mask), *inputs)
+        return pullback(grad_output)
+
+    with torch.autocast(differentiable[0].device.type, enabled=False):
+        gradients, pullback = torch.func.vjp(first_gradients, *differentiable)
+        wanted = (g if need else torch.zeros_like(x) for g, need, x in zip(grad_gradients, ctx.needed, gradients))
+        second = pullback(tuple(wanted))
+    return (*(g if need else None for g, need in zip(second, ctx.needs_input_grad)), None, None, None, None)
+
+
+torch.library.register_autograd("localattn::linear_attention", _gradients, setup_context=_save)
+torch.library.register_autograd("localattn::linear_attention_backward", _second_gradients, setup_context=_save_backward)
+
+
+@torch.library.register_fake("localattn::linear_attention")
+def _fake(query, key, value, key_mask):
+    accumulated = torch.float64 if query.dtype == torch.float64 else torch.float32
+    per_head = (query.shape[0], query.shape[-2], query.shape[-1])
+    return (
+        empty_ordered_as(query, value.shape[-1]),
+        query.new_empty((*per_head, value.shape[-1]), dtype=accumulated),
+        query.new_empty(per_head, dtype=accumulated),
+    )
+
+
+@torch.library.register_fake("localattn::linear_attention_backward")
+def _fake_backward(grad_output, query, key, value, context, key_lse, key_mask, needs_gradient):
+    return tuple(
+        empty_ordered_as(x, x.shape[-1]) if need else query.new_empty(0)
+        for x, need in zip((query, key, value), needs_gradient)
+    )
+
+
+def _products(query, key, value) -> int:
+    """FLOPs of one product of channels by value channels at every position of one of the maps, for each map."""
+    per_position = query[0] * query[-2] * 2 * query[-1] * value[-1]
+    pixels = [functools.reduce(lambda x, y: x * y, shape[1:-2], 1) for shape in (query, key)]
+    return per_position * sum(pixels)
+
+
+@register_flop_formula(_forward)
+def _flops(query, key, value, *_, out_shape=None, **__) -> int:
+    return _products(query, key, value)
+
+
+@register_flop_formula(_backward)
+def _backward_flops(grad_output, query, key, value, *_, out_shape=None, **__) -> int:
+    return 2 * _products(query, key, value)
+
+
+if hasattr(torch.library, "register_vmap"):  # from torch 2.5 on
+
+    def _mapped(operator, mask_position, info, in_dims, *arguments):
+        # A mask may lack the batch dimension that would take the mapped one.
+        join = mapped_into_batch if arguments[mask_position] is None else slice_by_slice
+        return join(operator, info, in_dims, *arguments)
+
+    torch.library.register_vmap("localattn::linear_attention", functools.partial(_mapped, _forward, 3))
+    torch.library.register_vmap("localattn::linear_attention_backward", functools.partial(_mapped, _backward, 6))
