@@ -261,9 +261,9 @@ typedef struct localattn_weighting_params {
  * per batch and head, over all positions of a map; the two maps may differ. Neither normalised tensor is stored. Keys
  * that key_mask leaves out count for nothing; where no key is left, context is 0 and key_lse -infinity.
  *
- * The forward reads query, key, value, key_mask, and writes output and, if given, context and key_lse. The backward reads
- * those inputs, context and key_lse (as the forward wrote them) and grad_output, and writes each gradient given. dtype as
- * for attention; context and key_lse are float32 (float64 for float64). */
+ * The forward reads query, key, value, key_mask, and writes output and, if given, context and key_lse. The backward
+ * reads those inputs, context and key_lse (as the forward wrote them) and grad_output, and writes each gradient given.
+ * dtype as for attention; context and key_lse are float32 (float64 for float64). */
 typedef struct localattn_linear_attention_params {
     size_t struct_size;
     int32_t dtype; /* localattn_dtype */
@@ -291,15 +291,15 @@ typedef struct localattn_linear_attention_params {
 
 /* Attention of every region of queries to a few regions of keys (bi-level routing, Zhu et al., 2023, arXiv 2303.08810).
  * Both maps are cut into one grid of regions, numbered row by row. The queries of region r attend to all pixels of the
- * regions region_index[r, :], which are read where they lie; a region chosen twice counts twice. region_weight multiplies
- * the keys and the values of a choice. All indices are checked before anything else is read.
+ * regions region_index[r, :], which are read where they lie; a region chosen twice counts twice. region_weight
+ * multiplies the keys and the values of a choice. All indices are checked before anything else is read.
  *
  * The forward writes output and, if given, lse; the backward reads the inputs, output, lse, grad_output and, if given,
  * grad_lse, and writes each gradient given. dtype as for attention; lse, grad_lse and grad_region_weight are float32
  * (float64 for float64). A query without keys (topk 0) gives zeros, lse = -infinity and zero gradients. */
 typedef struct localattn_routed_attention_params {
     size_t struct_size;
-    int32_t dtype; /* localattn_dtype */
+    int32_t dtype;     /* localattn_dtype */
     int32_t has_scale; /* 0: scale is channels^-0.5 */
     double scale;
     int64_t batch;
@@ -386,14 +386,28 @@ LOCALATTN_API localattn_status localattn_weighting_variant(const localattn_conte
                                                            const localattn_weighting_params *params,
                                                            localattn_pass pass, const char **name, char *report,
                                                            size_t report_size);
-LOCALATTN_API localattn_status localattn_linear_attention_forward(const localattn_context *context, const localattn_linear_attention_params *params);
-LOCALATTN_API localattn_status localattn_linear_attention_backward(const localattn_context *context, const localattn_linear_attention_params *params);
-LOCALATTN_API localattn_status localattn_linear_attention_workspace_size(const localattn_context *context, const localattn_linear_attention_params *params, localattn_pass pass, size_t *size);
-LOCALATTN_API localattn_status localattn_linear_attention_variant(const localattn_context *context, const localattn_linear_attention_params *params, localattn_pass pass, const char **name, char *report, size_t report_size);
-LOCALATTN_API localattn_status localattn_routed_attention_forward(const localattn_context *context, const localattn_routed_attention_params *params);
-LOCALATTN_API localattn_status localattn_routed_attention_backward(const localattn_context *context, const localattn_routed_attention_params *params);
-LOCALATTN_API localattn_status localattn_routed_attention_workspace_size(const localattn_context *context, const localattn_routed_attention_params *params, localattn_pass pass, size_t *size);
-LOCALATTN_API localattn_status localattn_routed_attention_variant(const localattn_context *context, const localattn_routed_attention_params *params, localattn_pass pass, const char **name, char *report, size_t report_size);
+LOCALATTN_API localattn_status localattn_linear_attention_forward(const localattn_context *context,
+                                                                  const localattn_linear_attention_params *params);
+LOCALATTN_API localattn_status localattn_linear_attention_backward(const localattn_context *context,
+                                                                   const localattn_linear_attention_params *params);
+LOCALATTN_API localattn_status localattn_linear_attention_workspace_size(
+    const localattn_context *context, const localattn_linear_attention_params *params, localattn_pass pass,
+    size_t *size);
+LOCALATTN_API localattn_status localattn_linear_attention_variant(const localattn_context *context,
+                                                                  const localattn_linear_attention_params *params,
+                                                                  localattn_pass pass, const char **name, char *report,
+                                                                  size_t report_size);
+LOCALATTN_API localattn_status localattn_routed_attention_forward(const localattn_context *context,
+                                                                  const localattn_routed_attention_params *params);
+LOCALATTN_API localattn_status localattn_routed_attention_backward(const localattn_context *context,
+                                                                   const localattn_routed_attention_params *params);
+LOCALATTN_API localattn_status localattn_routed_attention_workspace_size(
+    const localattn_context *context, const localattn_routed_attention_params *params, localattn_pass pass,
+    size_t *size);
+LOCALATTN_API localattn_status localattn_routed_attention_variant(const localattn_context *context,
+                                                                  const localattn_routed_attention_params *params,
+                                                                  localattn_pass pass, const char **name, char *report,
+                                                                  size_t report_size);
 
 /* The variants built into this library, best first: 0 <= index < localattn_variant_count(). `unavailable` is NULL if
  * this machine can run it, else the reason. All strings live as long as the library. */
