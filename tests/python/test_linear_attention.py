@@ -28,10 +28,12 @@ def test_equal_to_the_definition(extents, dtype, masked, variant):
         query, key, value = (x[:, ::3, ::3].detach().requires_grad_() for x in (query, key, value))
     mask = torch.rand(key.shape[:-2]) < 0.7 if masked else None
     eps = torch.finfo(dtype).eps
+    # float64 is compared with float64, whose own sums of thousands of terms round as much.
+    allowed = (512 if dtype == torch.float64 else 16) * eps
     wide = tuple(x.detach().double().requires_grad_() for x in (query, key, value))
     expected = reference.linear_attention(*wide, key_mask=mask)
     output = localattn.linear_attention(query, key, value, key_mask=mask)
-    torch.testing.assert_close(output.double(), expected, rtol=4 * eps, atol=16 * eps)
+    torch.testing.assert_close(output.double(), expected, rtol=4 * eps, atol=allowed)
     gradient = torch.randn_like(output)
     plain = reference.linear_attention(query, key, value, key_mask=mask)
     for got, near, want in zip(
