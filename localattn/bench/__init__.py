@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import _library
+from . import systems
 from .measure import in_fresh_process, interleaved, matrix_product, multiply_add_peak, peak_memory
 from .peers import PEERS, Peer, by_name
 from .report import Results, write_report
@@ -63,12 +64,25 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer shapes and rounds: about two minutes")
     parser.add_argument("--output", type=Path, default=Path("localattn-bench"), help="directory (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="(default: torch's own choice)")
+    parser.add_argument(
+        "--systems", nargs="?", const="all", metavar="NAMES",
+        help="instead, the published systems beside their plain PyTorch form; comma-separated names to keep, of: "
+        + ", ".join(system.name for system in systems.SYSTEMS),
+    )  # fmt: skip
     parser.add_argument("--peers", help="comma-separated names to keep, of: " + ", ".join(peer.name for peer in PEERS))
     arguments = parser.parse_args(argv)
 
     _library.require_operators()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if arguments.systems is not None:
+        known = {system.name: system for system in systems.SYSTEMS}
+        chosen = list(known) if arguments.systems == "all" else [n.strip() for n in arguments.systems.split(",")]
+        if unknown := set(chosen) - set(known):
+            parser.error(f"--systems: unknown {', '.join(sorted(unknown))}")
+        pace = (0.4, 10) if arguments.quick else (6.0, 30)
+        systems.run([known[name] for name in chosen], arguments.output, *pace)
+        return
     names = [name.strip() for name in arguments.peers.split(",")] if arguments.peers else [p.name for p in PEERS]
     unknown = set(names) - {peer.name for peer in PEERS}
     if unknown:

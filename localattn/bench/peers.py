@@ -43,7 +43,7 @@ class Peer(ABC):
         """Why this shape is not measured; None if it is."""
         if backward and not self.backward:
             return "no backward pass on the CPU"
-        needed, there = self.memory(shape, backward), _available_memory()
+        needed, there = self.memory(shape, backward), available_memory()
         if needed > there // 2:
             return f"needs about {needed / GIB:.0f} GiB, {there / GIB:.0f} GiB are free"
         return None
@@ -267,5 +267,5 @@ def _outside(shape: Shape) -> Tensor:
     return ~both.reshape(shape.side**2, shape.kernel**2)
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

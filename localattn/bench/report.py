@@ -84,12 +84,18 @@ def _markdown(results: Results) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _conditions(results: Results) -> str:
+def conditions(threads: int) -> str:
     runnable = [variant.name for variant in _library.variants() if variant.unavailable is None]
+    return (
+        f"{processor()}; threads: {threads}; {platform.system()} {platform.release()}; torch {torch.__version__}; "
+        f"localattn {_library.version()}, best variant {runnable[0]}."
+    )
+
+
+def _conditions(results: Results) -> str:
     peak = "not measured: no C compiler" if results.peak is None else f"{results.peak / 1e9:.0f} GFLOP/s"
     return (
-        f"{processor()}; threads: {results.threads}; {platform.system()} {platform.release()}; torch "
-        f"{torch.__version__}; localattn {_library.version()}, best variant {runnable[0]}.\n\n"
+        f"{conditions(results.threads)}\n\n"
         f"float32 multiply-add peak of these threads, measured: {peak}. Times are medians of interleaved rounds (in "
         "brackets the quartiles), warm (right after the same call) unless called cold (after 64 MiB of other memory "
         "were written); results are allocated inside. FLOP counts pairs inside the map only: 4 x channels forward, "
@@ -109,7 +115,7 @@ def _seeds(results: Results) -> Iterable[str]:
             rows.append([str(shape.kernel), *cells])
     if rows:
         yield "## Relative to plain unfold (H = W = 128, 64 channels)"
-        yield _table(["k", "forward memory", "forward time", "forward+backward memory", "forward+backward time"], rows)
+        yield table(["k", "forward memory", "forward time", "forward+backward memory", "forward+backward time"], rows)
 
 
 def _own(results: Results) -> Iterable[str]:
@@ -123,14 +129,14 @@ def _own(results: Results) -> Iterable[str]:
                 row += [ABSENT] * (4 if (backward, dtype) == (False, torch.float32) else 2)
                 continue
             rate = shape.flop(backward) / measured.timing.warm.median
-            row.append(_milliseconds(measured.timing.warm))
+            row.append(milliseconds(measured.timing.warm))
             if not backward and dtype is torch.float32:
                 row.append(f"{1e3 * measured.timing.cold.median:.3g}")
                 row.append(ABSENT if results.peak is None else f"{100 * rate / results.peak:.0f}%")
             row.append(f"{rate / measured.mm_rate:.2f}")
         rows.append(row)
     yield "## localattn.local_attention"
-    yield _table(
+    yield table(
         ["shape", "forward, ms", "cold, ms", "of peak", "x torch.mm", "forward+backward, ms", "x torch.mm",
          "bf16 forward, ms", "x bf16 torch.mm", "bf16 forward+backward, ms", "x bf16 torch.mm"],
         rows,
@@ -151,7 +157,7 @@ def _against_peers(results: Results, backward: bool) -> Iterable[str]:
         rows.append(row)
     if rows and others:
         yield f"## {'Forward and backward' if backward else 'Forward'}, float32, ms (times localattn's)"
-        yield _table(["shape", "localattn", *others], rows)
+        yield table(["shape", "localattn", *others], rows)
 
 
 def _memory(results: Results) -> Iterable[str]:
@@ -164,7 +170,7 @@ def _memory(results: Results) -> Iterable[str]:
     if rows:
         yield "## Peak memory, MiB"
         yield "The rise of the resident set during the call, results included, each in a fresh process."
-        yield _table(["shape", *peers], sorted(rows))
+        yield table(["shape", *peers], sorted(rows))
 
 
 def _declined(results: Results) -> Iterable[str]:
@@ -175,11 +181,11 @@ def _declined(results: Results) -> Iterable[str]:
         )
 
 
-def _milliseconds(spread) -> str:
+def milliseconds(spread) -> str:
     return f"{1e3 * spread.median:.3g} [{1e3 * spread.low:.3g}, {1e3 * spread.high:.3g}]"
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import localattn
-from localattn.bench import Plan, run
+from localattn.bench import Plan, run, systems
 from localattn.bench.measure import MIB, in_fresh_process, interleaved, multiply_add_peak, peak_memory
 from localattn.bench.peers import PEERS, Peer, by_name
 from localattn.bench.shapes import Shape
@@ -85,3 +85,32 @@ def test_a_peer_that_would_not_fit_is_declined() -> None:
     reason = by_name("unfold").declines(Shape(64, 64, 2048, 21), True)
     assert reason is not None
     assert "GiB" in reason
+
+
+SMALLEST_SIDES = {"halo": 24, "routing": 14, "block": 14, "two-resolutions": 12}  # with neighbours in every direction
+
+
+@pytest.mark.parametrize("system", systems.SYSTEMS, ids=lambda system: system.name)
+def test_plain_systems_compute_the_same(system: systems.System) -> None:
+    forms = system.make(SMALLEST_SIDES.get(system.name, 16))
+    inputs = [x.requires_grad_() for x in forms[systems.OURS].inputs]
+    grad_output = torch.randn(inputs[0].shape)
+    expected: list[torch.Tensor] | None = None
+    for form in forms.values():
+        output = form.attend(*inputs)
+        results = [output, *torch.autograd.grad(output, [*inputs, *form.parameters], grad_output)]
+        expected = results if expected is None else expected
+        for got, e in zip(results, expected, strict=True):
+            torch.testing.assert_close(got, e, rtol=1e-4, atol=1e-4 * max(1.0, e.abs().max().item()))
+
+
+def test_report_of_systems_holds_every_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    goals = (systems.Goal("time", False, 1e-6), systems.Goal("memory", True, 1e6), systems.Limit(1 << 40, "everything"))
+    block = next(system for system in systems.SYSTEMS if system.name == "block")
+    systems.run([block._replace(side=14, goals=goals)], tmp_path, seconds_each=0.05, rounds=2)
+    text = (tmp_path / "systems.md").read_text()
+    assert text in capsys.readouterr().out
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| Block")]
+    assert [line[1] for line in lines[:2]] == [systems.OURS, systems.PLAIN]
+    assert all(float(cell.split()[0]) > 0 for line in lines[:2] for cell in line[2:4])
+    assert [line[-1].removesuffix(" |") for line in lines[2:]] == ["yes", "no", "yes"]
