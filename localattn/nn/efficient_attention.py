@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .._operators import linear_attention
 from ._layout import join_heads, split_heads
+from ._pointwise import PointwiseConv2d
 
 
 class EfficientAttention(nn.Module):
@@ -50,10 +51,10 @@ class EfficientAttention(nn.Module):
         self.key_channels = key_channels
         self.head_count = head_count
         self.value_channels = value_channels
-        self.keys = nn.Conv2d(context_channels, key_channels, 1, device=device, dtype=dtype)
-        self.queries = nn.Conv2d(in_channels, key_channels, 1, device=device, dtype=dtype)
-        self.values = nn.Conv2d(context_channels, value_channels, 1, device=device, dtype=dtype)
-        self.reprojection = nn.Conv2d(value_channels, in_channels, 1, device=device, dtype=dtype)
+        self.keys = PointwiseConv2d(context_channels, key_channels, device, dtype)
+        self.queries = PointwiseConv2d(in_channels, key_channels, device, dtype)
+        self.values = PointwiseConv2d(context_channels, value_channels, device, dtype)
+        self.reprojection = PointwiseConv2d(value_channels, in_channels, device, dtype)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None, return_maps: bool = False
@@ -70,18 +71,23 @@ class EfficientAttention(nn.Module):
         context = x if context is None else context
         query, key = split_heads(self.queries(x), self.head_count), split_heads(self.keys(context), self.head_count)
         value = split_heads(self.values(context), self.head_count)
-        attended = linear_attention(query, key, value, key_mask=key_mask)
-        output = self.reprojection(join_heads(attended)) + x
-        if not return_maps:
-            return output
-        maps = key.flatten(1, 2)
-        if key_mask is None:
-            maps = maps.softmax(1)
-        else:
-            left_out = ~key_mask.flatten(1)[..., None, None]
-            maps = maps.masked_fill(left_out, float("-inf")).softmax(1).masked_fill(left_out, 0)
-        maps = maps.unflatten(1, key.shape[1:3])
-        return output, query.softmax(-1).permute(0, 3, 4, 1, 2), maps.permute(0, 3, 4, 1, 2)
+        attended = join_heads(linear_attention(query, key, value, key_mask=key_mask))
+        maps = _maps(query, key, key_mask) if return_maps else ()
+        del query, key, value  # so that the output may take their memory
+        output = self.reprojection(attended)
+        output = output.add_(x) if output.dtype == x.dtype else output + x  # under autocast they differ
+        return (output, *maps) if return_maps else output
 
     def extra_repr(self) -> str:
         return f"head_count={self.head_count}"
+
+
+def _maps(query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    maps = key.flatten(1, 2)
+    if key_mask is None:
+        maps = maps.softmax(1)
+    else:
+        left_out = ~key_mask.flatten(1)[..., None, None]
+        maps = maps.masked_fill(left_out, float("-inf")).softmax(1).masked_fill(left_out, 0)
+    maps = maps.unflatten(1, key.shape[1:3])
+    return query.softmax(-1).permute(0, 3, 4, 1, 2), maps.permute(0, 3, 4, 1, 2)
