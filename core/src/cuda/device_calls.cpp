@@ -1,6 +1,7 @@
 #include "device_calls.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <string>
@@ -31,17 +32,17 @@ std::string own_folder() {
 
 Opened open_module() {
     Opened opened;
-    if (!LOCALATTN_HAS_CUDA) {
+    const std::string path = own_folder() + module_file;
+    if (access(path.c_str(), F_OK) != 0) {
         opened.problem =
             "this localattn was built for the CPU alone; install a localattn package for CUDA (localattn-cu130, "
-            "-cu128, "
-            "-cu126, -cu124 or -cu121), or build with -DLOCALATTN_CUDA=ON";
+            "-cu128, -cu126, -cu124 or -cu121), or build with -DLOCALATTN_CUDA=ON (its " +
+            std::string(module_file) + " belongs beside liblocalattn)";
         return opened;
     }
-    void *library = dlopen((own_folder() + module_file).c_str(), RTLD_NOW | RTLD_LOCAL);
+    void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) {
-        opened.problem =
-            std::string(module_file) + ", which belongs beside liblocalattn, could not be opened: " + dlerror();
+        opened.problem = path + " could not be opened: " + dlerror();
         return opened;
     }
     const auto entry = reinterpret_cast<const Module *(*)()>(dlsym(library, module_symbol));

@@ -5,11 +5,15 @@
 
 #include <cstdio>
 
+#include "capability.h"
+#include "cuda/build.h"
+
 namespace localattn::cuda {
 
 namespace {
 
-thread_local char sentence[256];
+constexpr int built[] = {LOCALATTN_CUDA_CAPABILITIES};
+thread_local char sentence[512];
 
 const char *explain(cudaError_t error) {
     switch (error) {
@@ -46,10 +50,13 @@ const char *open_device(int32_t index, Device *device) {
     if (!error) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
     if (!error) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
     if (error) return explain(error);
-    if (10 * major + minor < 75) {
-        std::snprintf(sentence, sizeof sentence,
-                      "device %d has compute capability %d.%d and this build holds code for 7.5 and later", int(index),
-                      major, minor);
+    if (!runs_on(built, sizeof built / sizeof *built, 10 * major + minor)) {
+        std::snprintf(
+            sentence, sizeof sentence,
+            "device %d has compute capability %d.%d, for which this build (%s) holds no code; install a "
+            "localattn package for another CUDA (those for CUDA 12 serve 7.0 and later, those for CUDA 13 7.5 "
+            "and later), or build with -DLOCALATTN_CUDA_ARCHITECTURES=%d",
+            int(index), major, minor, LOCALATTN_CUDA_BUILD, 10 * major + minor);
         return sentence;
     }
     *device = {10 * major + minor, shared};

@@ -120,6 +120,6 @@ const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
 
 extern const Variant generic_variant;
 const Variant generic_variant = {
-    "cuda_generic", "every option, any NVIDIA GPU from compute capability 7.5", 75, declines, workspace, run};
+    "cuda_generic", "every option, any NVIDIA GPU from compute capability 7.0", 70, declines, workspace, run};
 
 }  // namespace localattn::cuda
