@@ -71,6 +71,11 @@ class VariantInfo(NamedTuple):
     description: str
     unavailable: str | None  # why this machine cannot run it; None if it can
 
+    @property
+    def device(self) -> str:
+        """The type of the devices whose tensors it serves."""
+        return "cuda" if self.name.startswith("cuda_") else "cpu"
+
 
 class _CVariantInfo(ctypes.Structure):
     _fields_ = [

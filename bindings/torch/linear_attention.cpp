@@ -10,6 +10,9 @@ namespace {
 
 using namespace localattn_torch;
 
+constexpr Operation<localattn_linear_attention_params> operation = {
+    localattn_linear_attention_forward, localattn_linear_attention_backward, localattn_linear_attention_workspace_size};
+
 localattn_tensor full(const Tensor &tensor) { return described(tensor, Axes::batch_spatial_head_channel); }
 
 // The arguments that both passes take, and the params they become.
@@ -33,8 +36,8 @@ struct Linear {
         TORCH_CHECK_VALUE(query.size(-2) > 0, "query must have at least 1 head, got shape ", query.sizes());
         TORCH_CHECK_VALUE(query.size(-1) > 0, "query must have at least 1 channel, got shape ", query.sizes());
         check_value(value, key);
-        check_dtype("key", key, query.scalar_type());
-        check_dtype("value", value, query.scalar_type());
+        check_kind("key", key, query);
+        check_kind("value", value, query);
         params.struct_size = sizeof params;
         params.dtype = dtype_of(query);
         params.rank = static_cast<int32_t>(rank);
@@ -50,7 +53,7 @@ struct Linear {
         params.key = full(key);
         params.value = full(value);
         if (mask) {
-            check_dtype("key_mask", *mask, at::kBool);
+            check_kind("key_mask", *mask, query, at::kBool);
             key_mask = broadcast("key_mask", *mask, Shape(key.sizes().begin(), key.sizes().end() - 2));
             params.key_mask = described(key_mask, Axes::batch_spatial);
         }
@@ -79,8 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention(const Tensor &query, const T
     const Tensor key_lse = at::empty({query.size(0), query.size(-2), query.size(-1)}, wide);
     problem.params.output = full(output);
     problem.set_remembered(context, key_lse);
-    const Context on;
-    check(localattn_linear_attention_forward(&on.context, &problem.params));
+    run(operation, LOCALATTN_FORWARD, problem.params, query);
     return {output, context, key_lse};
 }
 
@@ -93,11 +95,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_backward(const Tensor &grad_
     Shape output_shape = query.sizes().vec();
     output_shape.back() = value.size(-1);
     check_shape("grad_output", grad_output, output_shape);
-    check_dtype("grad_output", grad_output, query.scalar_type());
+    check_kind("grad_output", grad_output, query);
     check_shape("context", context, {query.size(0), query.size(-2), query.size(-1), value.size(-1)});
-    check_dtype("context", context, accumulation_dtype(query));
+    check_kind("context", context, query, accumulation_dtype(query));
     check_shape("key_lse", key_lse, {query.size(0), query.size(-2), query.size(-1)});
-    check_dtype("key_lse", key_lse, accumulation_dtype(query));
+    check_kind("key_lse", key_lse, query, accumulation_dtype(query));
     problem.params.grad_output = full(grad_output);
     problem.set_remembered(context, key_lse);
     std::array<Tensor, 3> gradients;
@@ -108,8 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_backward(const Tensor &grad_
             needs_gradient[i] ? empty_ordered_as(*inputs[i], inputs[i]->size(-1)) : at::empty({0}, query.options());
         if (needs_gradient[i]) *slots[i] = full(gradients[i]);
     }
-    const Context on;
-    check(localattn_linear_attention_backward(&on.context, &problem.params));
+    run(operation, LOCALATTN_BACKWARD, problem.params, query);
     return std::tuple_cat(gradients);
 }
 
@@ -124,9 +125,11 @@ TORCH_LIBRARY_FRAGMENT(localattn, library) {
         "Tensor grad_value)");
 }
 
-TORCH_LIBRARY_IMPL(localattn, CPU, library) {
+void implement(torch::Library &library) {
     library.impl("linear_attention", &linear_attention);
     library.impl("linear_attention_backward", &linear_attention_backward);
 }
+TORCH_LIBRARY_IMPL(localattn, CPU, library) { implement(library); }
+TORCH_LIBRARY_IMPL(localattn, CUDA, library) { implement(library); }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// localattn's operators for PyTorch: each schema beside its registration, tensors turned into the C API's params, and
-// torch's thread pool lent to the core. Nothing is computed here. Checked here is what makes tensors into one problem
+// localattn's operators for PyTorch: each schema beside its registration, tensors turned into the C API's params; where
+// a call runs is context.h's. Nothing is computed here. Checked here is what makes tensors into one problem
 // (dimensions, sizes that must agree, dtypes); the ranges of all numbers are the core's to check.
 #include <torch/library.h>
 
@@ -13,6 +13,9 @@
 namespace {
 
 using namespace localattn_torch;
+
+constexpr Operation<localattn_attention_params> operation = {localattn_attention_forward, localattn_attention_backward,
+                                                             localattn_attention_workspace_size};
 
 // The arguments that both passes take, and the params they become. Keeps the broadcast views alive.
 struct Attention {
@@ -47,7 +50,7 @@ struct Attention {
                           dilation, is_causal);
         set_biases(rank);
         if (key_mask) {
-            check_dtype("key_mask", *key_mask, at::kBool);
+            check_kind("key_mask", *key_mask, query, at::kBool);
             key_mask_ = broadcast("key_mask", *key_mask, Shape(key.sizes().begin(), key.sizes().end() - 2));
             params.key_mask = described(key_mask_, Axes::batch_spatial);
         }
@@ -72,8 +75,8 @@ private:
         TORCH_CHECK_VALUE(key.size(-2) > 0 && query.size(-2) % key.size(-2) == 0, "the heads of key must divide the ",
                           query.size(-2), " heads of query, got shape ", key.sizes());
         check_value(value, key);
-        check_dtype("key", key, query.scalar_type());
-        check_dtype("value", value, query.scalar_type());
+        check_kind("key", key, query);
+        check_kind("value", value, query);
     }
 
     void set_biases(int64_t rank) {
@@ -95,7 +98,7 @@ private:
         for (int64_t i = 0; i < 5; ++i) {
             if (!biases[i]) continue;
             TORCH_CHECK_VALUE(i < 2 + rank, names[i], " must be None for ", rank, " spatial axes");
-            check_dtype(names[i], *biases[i], query.scalar_type());
+            check_kind(names[i], *biases[i], query);
             if (i == 1) check_shape(names[i], *biases[i], bias_shapes[i]);
             broadcast_biases_[i] = broadcast(names[i], *biases[i], bias_shapes[i]);
             bias_param(i) = described(broadcast_biases_[i], bias_axes(i));
@@ -132,8 +135,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor &query, const Tensor &key, con
     Tensor lse = at::empty(problem.lse_shape, query.options().dtype(accumulation_dtype(query)));
     problem.params.output = described(output, Axes::batch_spatial_head_channel);
     problem.params.lse = described(lse, Axes::batch_spatial_head);
-    const Context on;
-    check(localattn_attention_forward(&on.context, &problem.params));
+    run(operation, LOCALATTN_FORWARD, problem.params, query);
     return {output, lse};
 }
 
@@ -153,17 +155,17 @@ Gradients attention_backward(const Tensor &grad_output, const OptionalTensor &gr
     output_shape.push_back(value.size(-1));
     const at::ScalarType accumulated = accumulation_dtype(query);
     check_shape("output", output, output_shape);
-    check_dtype("output", output, query.scalar_type());
+    check_kind("output", output, query);
     check_shape("grad_output", grad_output, output_shape);
-    check_dtype("grad_output", grad_output, query.scalar_type());
+    check_kind("grad_output", grad_output, query);
     check_shape("lse", lse, problem.lse_shape);
-    check_dtype("lse", lse, accumulated);
+    check_kind("lse", lse, query, accumulated);
     problem.params.output = described(output, Axes::batch_spatial_head_channel);
     problem.params.lse = described(lse, Axes::batch_spatial_head);
     problem.params.grad_output = described(grad_output, Axes::batch_spatial_head_channel);
     if (grad_lse) {
         check_shape("grad_lse", *grad_lse, problem.lse_shape);
-        check_dtype("grad_lse", *grad_lse, accumulated);
+        check_kind("grad_lse", *grad_lse, query, accumulated);
         problem.params.grad_lse = described(*grad_lse, Axes::batch_spatial_head);
     }
 
@@ -184,8 +186,7 @@ Gradients attention_backward(const Tensor &grad_output, const OptionalTensor &gr
         slot = described(gradients[3 + i].expand(problem.bias_shapes[i]), Attention::bias_axes(i));
         if (gradients[3 + i].numel()) slot.data = gradients[3 + i].mutable_data_ptr();  // though seen as empty
     }
-    const Context on;
-    check(localattn_attention_backward(&on.context, &problem.params));
+    run(operation, LOCALATTN_BACKWARD, problem.params, query);
     for (int64_t i = 3; i < 8; ++i) gradients[i] = gradients[i].to(query.scalar_type());
     return std::tuple_cat(gradients);
 }
@@ -199,10 +200,10 @@ std::tuple<std::string, std::string> attention_variant(
     const OptionalTensor &key_mask, bool backward) {
     Attention problem(query, key, value, kernel_size, stride, dilation, is_causal, raster_causal, border, scale,
                       {bias, rel_pos_bias, axis_bias_0, axis_bias_1, axis_bias_2}, key_mask);
-    const Context on;
+    const Context context(query.device());
     const char *name = nullptr;
     char report[4096];
-    check(localattn_attention_variant(&on.context, &problem.params, backward ? LOCALATTN_BACKWARD : LOCALATTN_FORWARD,
+    check(localattn_attention_variant(context, &problem.params, backward ? LOCALATTN_BACKWARD : LOCALATTN_FORWARD,
                                       &name, report, sizeof report));
     return {name, report};
 }
@@ -220,10 +221,12 @@ TORCH_LIBRARY(localattn, library) {
     library.def("attention_variant(" ATTENTION_SCHEMA ", bool backward) -> (str name, str report)");
 }
 
-TORCH_LIBRARY_IMPL(localattn, CPU, library) {
+void implement(torch::Library &library) {
     library.impl("attention", &attention);
     library.impl("attention_backward", &attention_backward);
     library.impl("attention_variant", &attention_variant);
 }
+TORCH_LIBRARY_IMPL(localattn, CPU, library) { implement(library); }
+TORCH_LIBRARY_IMPL(localattn, CUDA, library) { implement(library); }
 
 }  // namespace

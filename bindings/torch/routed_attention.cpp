@@ -10,6 +10,9 @@ namespace {
 
 using namespace localattn_torch;
 
+constexpr Operation<localattn_routed_attention_params> operation = {
+    localattn_routed_attention_forward, localattn_routed_attention_backward, localattn_routed_attention_workspace_size};
+
 localattn_tensor full(const Tensor &tensor) { return described(tensor, Axes::batch_spatial_head_channel); }
 
 // (batch, regions, topk)
@@ -44,12 +47,12 @@ struct Routed {
         TORCH_CHECK_VALUE(query.size(-2) > 0, "query must have at least 1 head, got shape ", query.sizes());
         TORCH_CHECK_VALUE(query.size(-1) > 0, "query must have at least 1 channel, got shape ", query.sizes());
         check_value(value, key);
-        check_dtype("key", key, query.scalar_type());
-        check_dtype("value", value, query.scalar_type());
+        check_kind("key", key, query);
+        check_kind("value", value, query);
         TORCH_CHECK_VALUE(region_size.size() == 2, "region_size must have 2 entries, got ", region_size.size());
         TORCH_CHECK_VALUE(kv_region_size.size() == 2, "kv_region_size must have 2 entries, got ",
                           kv_region_size.size());
-        check_dtype("region_index", region_index, at::kLong);
+        check_kind("region_index", region_index, query, at::kLong);
         TORCH_CHECK_VALUE(region_index.dim() == 3, "region_index must be (batch, regions, topk), got shape ",
                           region_index.sizes());
         params.struct_size = sizeof params;
@@ -82,7 +85,7 @@ struct Routed {
         params.region_index = choices(region_index);
         if (region_weight) {
             check_shape("region_weight", *region_weight, region_index.sizes());
-            check_dtype("region_weight", *region_weight, query.scalar_type());
+            check_kind("region_weight", *region_weight, query);
             params.region_weight = choices(*region_weight);
         }
         lse_shape = Shape(query.sizes().begin(), query.sizes().end() - 1);
@@ -100,8 +103,7 @@ std::tuple<Tensor, Tensor> routed_attention(const Tensor &query, const Tensor &k
     const Tensor lse = at::empty(problem.lse_shape, query.options().dtype(accumulation_dtype(query)));
     problem.params.output = full(output);
     problem.params.lse = described(lse, Axes::batch_spatial_head);
-    const Context on;
-    check(localattn_routed_attention_forward(&on.context, &problem.params));
+    run(operation, LOCALATTN_FORWARD, problem.params, query);
     return {output, lse};
 }
 
@@ -113,17 +115,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_attention_backward(
     Routed problem(query, key, value, region_index, region_size, kv_region_size, region_weight, scale);
     const at::ScalarType wide = accumulation_dtype(query);
     check_shape("grad_output", grad_output, problem.output_shape);
-    check_dtype("grad_output", grad_output, query.scalar_type());
+    check_kind("grad_output", grad_output, query);
     check_shape("output", output, problem.output_shape);
-    check_dtype("output", output, query.scalar_type());
+    check_kind("output", output, query);
     check_shape("lse", lse, problem.lse_shape);
-    check_dtype("lse", lse, wide);
+    check_kind("lse", lse, query, wide);
     problem.params.grad_output = full(grad_output);
     problem.params.output = full(output);
     problem.params.lse = described(lse, Axes::batch_spatial_head);
     if (grad_lse) {
         check_shape("grad_lse", *grad_lse, problem.lse_shape);
-        check_dtype("grad_lse", *grad_lse, wide);
+        check_kind("grad_lse", *grad_lse, query, wide);
         problem.params.grad_lse = described(*grad_lse, Axes::batch_spatial_head);
     }
     std::array<Tensor, 4> gradients;
@@ -139,8 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> routed_attention_backward(
         gradients[3] = at::empty(region_weight->sizes(), query.options().dtype(wide));
         problem.params.grad_region_weight = choices(gradients[3]);
     }
-    const Context on;
-    check(localattn_routed_attention_backward(&on.context, &problem.params));
+    run(operation, LOCALATTN_BACKWARD, problem.params, query);
     gradients[3] = gradients[3].to(query.scalar_type());
     return std::tuple_cat(gradients);
 }
@@ -159,9 +160,11 @@ TORCH_LIBRARY_FRAGMENT(localattn, library) {
         "Tensor grad_region_weight)");
 }
 
-TORCH_LIBRARY_IMPL(localattn, CPU, library) {
+void implement(torch::Library &library) {
     library.impl("routed_attention", &routed_attention);
     library.impl("routed_attention_backward", &routed_attention_backward);
 }
+TORCH_LIBRARY_IMPL(localattn, CPU, library) { implement(library); }
+TORCH_LIBRARY_IMPL(localattn, CUDA, library) { implement(library); }
 
 }  // namespace

@@ -1,6 +1,5 @@
-// What the operators' files share: tensors as the C API sees them, checks, and the context that calls run in.
+// What the operators' files share: tensors as the C API sees them, and checks.
 #pragma once
-#include <ATen/Parallel.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -10,6 +9,8 @@
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "context.h"
 
 namespace localattn_torch {
 
@@ -36,9 +37,14 @@ inline at::ScalarType accumulation_dtype(const Tensor &query) {
     return query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-inline void check_dtype(const char *name, const Tensor &tensor, at::ScalarType expected) {
+// `tensor` has query's dtype, or the one told, and lies where query does.
+inline void check_kind(const char *name, const Tensor &tensor, const Tensor &query,
+                       std::optional<at::ScalarType> dtype = {}) {
+    const at::ScalarType expected = dtype.value_or(query.scalar_type());
     TORCH_CHECK_TYPE(tensor.scalar_type() == expected, name, " must have dtype ", expected, ", got ",
                      tensor.scalar_type());
+    TORCH_CHECK(tensor.device() == query.device(), name, " must be on ", query.device(),
+                " like the other tensors, got ", tensor.device());
 }
 
 inline void check_shape(const char *name, const Tensor &tensor, at::IntArrayRef expected) {
@@ -135,41 +141,5 @@ void set_window_params(Params &params, at::IntArrayRef query_extent, at::IntArra
         params.is_causal[a] = is_causal[a];
     }
 }
-
-inline void check(localattn_status status) {
-    switch (status) {
-        case LOCALATTN_OK:
-            return;
-        case LOCALATTN_INVALID_ARGUMENT:
-            TORCH_CHECK_VALUE(false, localattn_last_error());
-        case LOCALATTN_UNSUPPORTED_DTYPE:
-            TORCH_CHECK_TYPE(false, localattn_last_error());
-        case LOCALATTN_UNSUPPORTED:
-            TORCH_CHECK_NOT_IMPLEMENTED(false, localattn_last_error());
-        default:
-            TORCH_CHECK(false, localattn_status_name(status), ": ", localattn_last_error());
-    }
-}
-
-// Runs the core's tasks on torch's own threads, as many as torch.set_num_threads allows.
-inline void run_on_torch_threads(void *, int32_t num_tasks, void (*task)(void *, int32_t), void *argument) {
-    at::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) task(argument, static_cast<int32_t>(i));
-    });
-}
-
-// The calling thread's context: the CPU, with torch's threads.
-struct Context {
-    const localattn_executor executor{nullptr, at::in_parallel_region() ? 1 : at::get_num_threads(),
-                                      run_on_torch_threads};
-    localattn_context context{};
-
-    Context() {
-        context.struct_size = sizeof context;
-        context.device_type = LOCALATTN_CPU;
-        context.executor = &executor;
-    }
-    Context(const Context &) = delete;
-};
 
 }  // namespace localattn_torch

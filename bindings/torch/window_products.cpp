@@ -10,6 +10,11 @@ namespace {
 
 using namespace localattn_torch;
 
+constexpr Operation<localattn_similarity_params> similarity_operation = {
+    localattn_similarity_forward, localattn_similarity_backward, localattn_similarity_workspace_size};
+constexpr Operation<localattn_weighting_params> weighting_operation = {
+    localattn_weighting_forward, localattn_weighting_backward, localattn_weighting_workspace_size};
+
 void check_map(const char *name, const Tensor &tensor, const char *last) {
     TORCH_CHECK_VALUE(tensor.dim() >= 4 && tensor.dim() <= 6, name,
                       " must be (batch, one to three spatial axes, heads, ", last, "), got shape ", tensor.sizes());
@@ -23,7 +28,7 @@ void check_pair(const char *name, const Tensor &tensor, const char *of, const Te
                       ", got shape ", tensor.sizes());
     TORCH_CHECK_VALUE(tensor.size(-2) == other.size(-2), name, " must have the heads of ", of, ", ", other.size(-2),
                       ", got shape ", tensor.sizes());
-    check_dtype(name, tensor, other.scalar_type());
+    check_kind(name, tensor, other);
 }
 
 void check_filled(const char *name, const Tensor &tensor) {
@@ -75,7 +80,6 @@ Tensor similarity(const Tensor &query, const Tensor &key, at::IntArrayRef kernel
                       ", got shape ", key.sizes());
     Shape shape = query.sizes().vec();
     shape.back() = window_of(kernel_size, raster_causal);
-    const Context on;
     if (as_gradient) {
         auto params = params_of<localattn_weighting_params>(query, "query", extents(query), extents(key), kernel_size,
                                                             stride, dilation, is_causal, raster_causal, border);
@@ -83,7 +87,7 @@ Tensor similarity(const Tensor &query, const Tensor &key, at::IntArrayRef kernel
         params.grad_output = full(query);
         params.value = full(key);
         params.grad_weights = full(weights);
-        check(localattn_weighting_backward(&on.context, &params));
+        run(weighting_operation, LOCALATTN_BACKWARD, params, query);
         return weights;
     }
     auto params = params_of<localattn_similarity_params>(query, "query", extents(query), extents(key), kernel_size,
@@ -94,7 +98,7 @@ Tensor similarity(const Tensor &query, const Tensor &key, at::IntArrayRef kernel
     params.query = full(query);
     params.key = full(key);
     params.scores = full(scores);
-    check(localattn_similarity_forward(&on.context, &params));
+    run(similarity_operation, LOCALATTN_FORWARD, params, query);
     return scores;
 }
 
@@ -111,8 +115,7 @@ Tensor weighting(const Tensor &weights, const Tensor &value, at::IntArrayRef ker
     params.weights = full(weights);
     params.value = full(value);
     params.output = full(output);
-    const Context on;
-    check(localattn_weighting_forward(&on.context, &params));
+    run(weighting_operation, LOCALATTN_FORWARD, params, value);
     return output;
 }
 
@@ -133,8 +136,7 @@ Tensor weighting_transpose(const Tensor &weights, const Tensor &query, at::IntAr
     params.weights = full(weights);
     params.grad_output = full(query);
     params.grad_value = full(value);
-    const Context on;
-    check(localattn_weighting_backward(&on.context, &params));
+    run(weighting_operation, LOCALATTN_BACKWARD, params, query);
     return value;
 }
 
@@ -149,10 +151,12 @@ TORCH_LIBRARY_FRAGMENT(localattn, library) {
     library.def("weighting_transpose(Tensor weights, Tensor query, SymInt[] key_extent, " WINDOW_SCHEMA ") -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(localattn, CPU, library) {
+void implement(torch::Library &library) {
     library.impl("similarity", &similarity);
     library.impl("weighting", &weighting);
     library.impl("weighting_transpose", &weighting_transpose);
 }
+TORCH_LIBRARY_IMPL(localattn, CPU, library) { implement(library); }
+TORCH_LIBRARY_IMPL(localattn, CUDA, library) { implement(library); }
 
 }  // namespace

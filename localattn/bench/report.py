@@ -85,7 +85,7 @@ def _markdown(results: Results) -> str:
 
 
 def conditions(threads: int) -> str:
-    runnable = [variant.name for variant in _library.variants() if variant.unavailable is None]
+    runnable = [v.name for v in _library.variants() if v.device == "cpu" and v.unavailable is None]
     return (
         f"{processor()}; threads: {threads}; {platform.system()} {platform.release()}; torch {torch.__version__}; "
         f"localattn {_library.version()}, best variant {runnable[0]}."

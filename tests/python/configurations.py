@@ -187,7 +187,7 @@ def run(operator, configuration, tensors):
 
 def available_variants():
     """Names of the variants that this machine runs, best first."""
-    return [v.name for v in _library.variants() if v.unavailable is None]
+    return [v.name for v in _library.variants() if v.device == "cpu" and v.unavailable is None]
 
 
 @contextlib.contextmanager

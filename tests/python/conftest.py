@@ -34,9 +34,12 @@ def pytest_report_header(config):
     ]
 
 
-@pytest.fixture(params=[v.name for v in _library.variants()] if _library.load_error is None else [])
+CPU_VARIANTS = [v.name for v in _library.variants() if v.device == "cpu"] if _library.load_error is None else []
+
+
+@pytest.fixture(params=CPU_VARIANTS)
 def variant(request, monkeypatch):
-    """Every variant built, forced in turn."""
+    """Every variant built for the CPU, forced in turn."""
     unavailable = {v.name: v.unavailable for v in _library.variants()}[request.param]
     if unavailable is not None:
         pytest.skip(f"variant {request.param}: {unavailable}")
