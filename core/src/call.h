@@ -1,12 +1,14 @@
 // What every entry point does around its operation: check, choose, run. Whatever is thrown inside ends here as a
 // status.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <vector>
 
+#include "cuda/device_calls.h"
 #include "dispatch.h"
 #include "error.h"
 #include "localattn/localattn.h"
@@ -76,51 +78,81 @@ private:
 template <class OneProblem>
 struct Steps {
     Kernel<OneProblem> Variant::*kernel;
+    const cuda::Kernel<OneProblem> *cuda::Variant::*device_kernel;
     std::vector<OneProblem> problems;
     double multiplications = 0;
 
     const Variant &choose(const localattn_context &context, Report &report) const {
-        if (context.device_type == LOCALATTN_CUDA) {
-            fail(LOCALATTN_UNSUPPORTED,
-                 "context.device_type is 1 (CUDA), but of all operations only attention runs there; must be 0 (the "
-                 "CPU)");
-        }
-        return choose_variant(
-            [this](const Variant &v) { return (v.*kernel).run ? nullptr : "it does not have this operation"; },
-            context.variant, report);
+        return choose_variant([this](const Variant &v) { return (v.*kernel).run ? nullptr : missing; }, context.variant,
+                              report);
+    }
+    const cuda::Variant &choose_on_device(const localattn_context &context, Report &report) const {
+        const auto declines = [this](const cuda::Variant &v, const cuda::Device &device) {
+            const char *reason = v.*device_kernel ? nullptr : missing;
+            for (size_t i = 0; i < problems.size() && !reason; ++i)
+                reason = (v.*device_kernel)->declines(problems[i], device);
+            return reason;
+        };
+        return cuda::choose_variant(declines, context, report);
+    }
+    const char *chosen_name(const localattn_context &context, Report &report) const {
+        return on_device(context) ? choose_on_device(context, report).name : choose(context, report).name;
     }
 
     size_t workspace(const Variant &variant, const Workers &workers) const {
-        size_t most = 0;
-        for (const OneProblem &problem : problems) {
-            if (is_empty(problem)) continue;
-            const size_t needed = (variant.*kernel).workspace(problem, workers.count);
-            if (needed > most) most = needed;
+        return most([&](const OneProblem &problem) {
+            return is_empty(problem) ? size_t{0} : (variant.*kernel).workspace(problem, workers.count);
+        });
+    }
+    size_t workspace(const cuda::Variant &variant) const {
+        return most([&](const OneProblem &problem) { return (variant.*device_kernel)->workspace(problem); });
+    }
+    size_t workspace(const localattn_context &context) const {
+        Report unread;
+        return on_device(context) ? workspace(choose_on_device(context, unread))
+                                  : workspace(choose(context, unread), workers_for(context, multiplications));
+    }
+
+    void run(const localattn_context &context) const {
+        Report unread;
+        if (on_device(context)) {
+            const cuda::Variant &variant = choose_on_device(context, unread);
+            return cuda::run(variant, workspace(variant), context, [&](void *stream, void *memory) {
+                const char *wrong = nullptr;
+                for (size_t i = 0; i < problems.size() && !wrong; ++i)
+                    wrong = (variant.*device_kernel)->run(problems[i], stream, memory);
+                return wrong;
+            });
         }
-        return most;
+        for (const OneProblem &problem : problems) check_data(problem);
+        const Variant &variant = choose(context, unread);
+        const Workers workers = workers_for(context, multiplications);
+        const Scratch scratch(context, workspace(variant, workers));
+        for (const OneProblem &problem : problems) {
+            if (is_empty(problem))
+                answer_empty(problem);
+            else
+                (variant.*kernel).run(problem, workers, scratch.memory());
+        }
+    }
+
+private:
+    static constexpr const char *missing = "it does not have this operation";
+    static bool on_device(const localattn_context &context) { return context.device_type == LOCALATTN_CUDA; }
+    template <class Size>
+    size_t most(const Size &size) const {
+        size_t largest = 0;
+        for (const OneProblem &problem : problems) largest = std::max(largest, size(problem));
+        return largest;
     }
 };
-
-template <class OneProblem>
-void run(const localattn_context &context, const Steps<OneProblem> &steps) {
-    Report unread;
-    const Variant &variant = steps.choose(context, unread);
-    const Workers workers = workers_for(context, steps.multiplications);
-    const Scratch scratch(context, steps.workspace(variant, workers));
-    for (const OneProblem &problem : steps.problems) {
-        if (is_empty(problem))
-            answer_empty(problem);
-        else
-            (variant.*steps.kernel).run(problem, workers, scratch.memory());
-    }
-}
 
 // The four entry points of an operation whose params become Steps by `make_steps(params, pass, Data)`.
 template <class Params, class MakeSteps>
 localattn_status run_call(const localattn_context *context, const Params *params, Pass pass, MakeSteps make_steps) {
     return guarded([&] {
         const localattn_context checked = checked_context(context);
-        run(checked, make_steps(params, pass, Data::used));
+        make_steps(params, pass, Data::used).run(checked);
     });
 }
 template <class Params, class MakeSteps>
@@ -130,9 +162,7 @@ localattn_status workspace_call(const localattn_context *context, const Params *
         if (!size) fail(LOCALATTN_INVALID_ARGUMENT, "size is NULL, but must point to where the answer goes");
         const Pass checked = checked_pass(pass);
         const localattn_context with = checked_context(context);
-        const auto steps = make_steps(params, checked, Data::described);
-        Report unread;
-        *size = steps.workspace(steps.choose(with, unread), workers_for(with, steps.multiplications));
+        *size = make_steps(params, checked, Data::described).workspace(with);
     });
 }
 template <class Params, class MakeSteps>
@@ -142,8 +172,8 @@ localattn_status variant_call(const localattn_context *context, const Params *pa
         const Pass checked = checked_pass(pass);
         const localattn_context with = checked_context(context);
         Report report{report_text, report_size};
-        const Variant &variant = make_steps(params, checked, Data::described).choose(with, report);
-        if (name) *name = variant.name;
+        const char *chosen = make_steps(params, checked, Data::described).chosen_name(with, report);
+        if (name) *name = chosen;
     });
 }
 

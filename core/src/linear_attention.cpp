@@ -69,6 +69,7 @@ Steps<LinearProblem> linear_attention(const localattn_linear_attention_params *g
     l.grad_value = full(p.grad_value);
     const double pixels = double(l.query_count()) + double(l.key_count());
     return {&Variant::linear_attention,
+            &cuda::Variant::linear_attention,
             {l},
             double(p.batch) * double(p.heads) * pixels * double(p.channels) * double(p.value_channels)};
 }

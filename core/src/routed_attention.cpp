@@ -24,20 +24,6 @@ void check_regions(const char *size_name, const char *extent_name, const int64_t
     }
 }
 
-// The only check that reads a tensor: an index out of range would be an address out of range.
-void check_indices(const RoutedProblem &r) {
-    for (int64_t b = 0; b < r.batch; ++b)
-        for (int64_t region = 0; region < r.regions(); ++region)
-            for (int64_t choice = 0; choice < r.topk; ++choice) {
-                const int64_t index = r.index(b, region, choice);
-                if (index >= 0 && index < r.regions()) continue;
-                fail(LOCALATTN_INVALID_ARGUMENT,
-                     "region_index at batch %" PRId64 ", region %" PRId64 ", choice %" PRId64 " is %" PRId64
-                     ", but must be from 0 to %" PRId64,
-                     b, region, choice, index, r.regions() - 1);
-            }
-}
-
 Steps<RoutedProblem> routed_attention(const localattn_routed_attention_params *given, Pass pass, Data data) {
     localattn_routed_attention_params p = copied(given, "params");
     check_dtype(p.dtype);
@@ -118,14 +104,27 @@ Steps<RoutedProblem> routed_attention(const localattn_routed_attention_params *g
     r.region_index = choices(p.region_index);
     r.region_weight = choices(p.region_weight);
     r.grad_region_weight = choices(p.grad_region_weight);
-    if (data == Data::used && !is_empty(r)) check_indices(r);
     return {&Variant::routed_attention,
+            &cuda::Variant::routed_attention,
             {r},
             double(p.batch) * double(p.heads) * double(p.query_extent[0]) * double(p.query_extent[1]) *
                 double(r.keys()) * double(p.topk) * double(p.channels + p.value_channels)};
 }
 
 }  // namespace
+
+void check_data(const RoutedProblem &r) {
+    for (int64_t b = 0; b < r.batch; ++b)
+        for (int64_t region = 0; region < r.regions(); ++region)
+            for (int64_t choice = 0; choice < r.topk; ++choice) {
+                const int64_t index = r.index(b, region, choice);
+                if (index >= 0 && index < r.regions()) continue;
+                fail(LOCALATTN_INVALID_ARGUMENT,
+                     "region_index at batch %" PRId64 ", region %" PRId64 ", choice %" PRId64 " is %" PRId64
+                     ", but must be from 0 to %" PRId64,
+                     b, region, choice, index, r.regions() - 1);
+            }
+}
 
 }  // namespace localattn
 

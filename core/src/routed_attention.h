@@ -18,17 +18,19 @@ struct RoutedProblem {
     Tensor query, key, value, output, lse, grad_output, grad_lse, grad_query, grad_key, grad_value;
     Tensor region_index, region_weight, grad_region_weight;  // axis[1] is the query's region, channel the choice
 
-    int64_t regions() const { return grid[0] * grid[1]; }
-    int64_t queries() const { return query_region[0] * query_region[1]; }  // of a region
-    int64_t keys() const { return key_region[0] * key_region[1]; }
-    int64_t index(int64_t b, int64_t region, int64_t choice) const {
+    LOCALATTN_HOST_DEVICE_METHOD int64_t regions() const { return grid[0] * grid[1]; }
+    LOCALATTN_HOST_DEVICE_METHOD int64_t queries() const { return query_region[0] * query_region[1]; }  // of a region
+    LOCALATTN_HOST_DEVICE_METHOD int64_t keys() const { return key_region[0] * key_region[1]; }
+    LOCALATTN_HOST_DEVICE_METHOD int64_t index(int64_t b, int64_t region, int64_t choice) const {
         return static_cast<const int64_t *>(region_index.data)[choice_offset(region_index, b, region, choice)];
     }
-    static int64_t choice_offset(const Tensor &t, int64_t b, int64_t region, int64_t choice) {
+    LOCALATTN_HOST_DEVICE_METHOD static int64_t choice_offset(const Tensor &t, int64_t b, int64_t region,
+                                                              int64_t choice) {
         return b * t.batch + region * t.axis[1] + choice * t.channel;
     }
     // Of the first pixel of a region of `size` pixels.
-    int64_t region_offset(const Tensor &t, int64_t b, int64_t head, int64_t region, const int64_t (&size)[2]) const {
+    LOCALATTN_HOST_DEVICE_METHOD int64_t region_offset(const Tensor &t, int64_t b, int64_t head, int64_t region,
+                                                       const int64_t (&size)[2]) const {
         return b * t.batch + head * t.head + region / grid[1] * size[0] * t.axis[1] +
                region % grid[1] * size[1] * t.axis[2];
     }
@@ -37,5 +39,8 @@ struct RoutedProblem {
 // Without a query region no result has an element: the grid is that of the keys too.
 inline bool is_empty(const RoutedProblem &p) { return p.batch == 0 || p.regions() == 0; }
 inline void answer_empty(const RoutedProblem &) {}
+// The only check that reads a tensor: an index out of range would be an address out of range. On a device the kernels
+// check it.
+void check_data(const RoutedProblem &);
 
 }  // namespace localattn

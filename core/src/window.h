@@ -11,7 +11,9 @@
 // that the linker could pick for all.
 #if defined(__CUDACC__)
 #define LOCALATTN_HOST_DEVICE static __host__ __device__ __forceinline__
+#define LOCALATTN_HOST_DEVICE_METHOD __host__ __device__ __forceinline__
 #else
+#define LOCALATTN_HOST_DEVICE_METHOD
 #define LOCALATTN_HOST_DEVICE static inline __attribute__((always_inline))
 #endif
 

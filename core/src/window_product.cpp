@@ -71,7 +71,7 @@ WindowProduct product_of(const localattn_attention_params &w, Product product, c
 }
 
 Steps<WindowProduct> steps_of(std::vector<WindowProduct> products) {
-    Steps<WindowProduct> steps{&Variant::window_product, std::move(products), 0};
+    Steps<WindowProduct> steps{&Variant::window_product, &cuda::Variant::window_product, std::move(products), 0};
     for (const WindowProduct &p : steps.problems) {
         double work = double(p.batch) * double(p.heads) * double(p.channels);
         for (const Axis &a : p.axis) work *= double(a.queries) * double(std::min(a.kernel, a.keys));

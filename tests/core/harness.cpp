@@ -167,8 +167,9 @@ std::vector<std::string> available_variants() {
     for (int32_t i = 0; i < localattn_variant_count(); ++i) {
         localattn_variant_info info = LOCALATTN_INIT(localattn_variant_info);
         if (localattn_get_variant_info(i, &info) != LOCALATTN_OK) continue;
-        if (std::string(info.name).rfind("cuda", 0) == 0) {
-            std::printf("variant %s is not tested here, but in tests/gpu\n", info.name);
+        if (device_of(info.name) != tested_device) {
+            std::printf("variant %s is not tested here, but in %s\n", info.name,
+                        tested_device ? "tests/core" : "tests/cuda");
         } else if (info.unavailable) {
             std::printf("variant %s is not tested here: %s\n", info.name, info.unavailable);
         } else {

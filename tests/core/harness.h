@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "config.h"
+#include "device.h"
 #include "oracle.h"
 #include "tensor.h"
 
@@ -30,7 +31,7 @@ struct Tensors {
     void poison(localattn_pass pass);
 };
 
-// Names of the variants that this machine can run, best first.
+// Names of the variants of the tested device that this machine can run, best first.
 std::vector<std::string> available_variants();
 
 // An executor that claims `workers` workers and runs the tasks one after another, last first: if bits depended on the

@@ -1,10 +1,12 @@
 // Runs an operation other than attention with one variant, both passes, and compares what it wrote with sums over its
 // definition.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -45,12 +47,41 @@ inline void compare_written(const Written &w, Element element, double roundings,
     if (!w.memory->untouched()) failures.push_back(std::string(w.name) + ": memory beside its elements was written");
 }
 
+// A workspace of exactly the size asked for, holding NaN, with a pattern behind it.
+class Workspace {
+public:
+    explicit Workspace(size_t size) : size_(size), bytes_(size + 128) {
+        const size_t past = reinterpret_cast<uintptr_t>(bytes_.data()) % 64;
+        start_ = bytes_.data() + (past ? 64 - past : 0);
+        std::memset(start_, 0xff, size);
+        std::memset(start_ + size, 0x5a, guard);
+    }
+    void give(localattn_context &context) {
+        context.workspace = start_;
+        context.workspace_size = size_;
+    }
+    bool guard_is_intact() const {
+        return std::all_of(start_ + size_, start_ + size_ + guard, [](unsigned char x) { return x == 0x5a; });
+    }
+
+private:
+    static constexpr size_t guard = 64;
+    size_t size_;
+    Bytes bytes_;
+    unsigned char *start_;
+};
+
+// How often which variant declined what, and why.
+inline std::map<std::string, int> declined;
+
 // `Params` is a params struct; the functions are the operation's entry points.
 template <class Params>
 struct Operation {
     localattn_status (*forward)(const localattn_context *, const Params *);
     localattn_status (*backward)(const localattn_context *, const Params *);
     localattn_status (*workspace_size)(const localattn_context *, const Params *, localattn_pass, size_t *);
+    localattn_status (*chosen)(const localattn_context *, const Params *, localattn_pass, const char **, char *,
+                               size_t);
 
     void check(const Params &params, const std::string &variant, localattn_pass pass, std::vector<Written> &results,
                Element element, double roundings, uint64_t seed, std::vector<std::string> &failures) const {
@@ -66,36 +97,40 @@ struct Operation {
         localattn_context context = LOCALATTN_INIT(localattn_context);
         context.variant = variant.c_str();
         context.num_threads = 1;
-        poison();
-        if (call(&context, &params) != LOCALATTN_OK) return failures.push_back(localattn_last_error());
+        context.device_type = device_of(variant);
+        if (chosen(&context, &params, pass, nullptr, nullptr, 0) == LOCALATTN_UNSUPPORTED) {
+            ++declined[localattn_last_error()];
+            return;
+        }
+        const auto call_with_workspace = [&](const char *how) {
+            size_t size = 0;
+            if (workspace_size(&context, &params, pass, &size) != LOCALATTN_OK)
+                return failures.push_back("workspace query: " + std::string(localattn_last_error()));
+            Workspace workspace(size);
+            workspace.give(context);
+            poison();
+            if (call(&context, &params) != LOCALATTN_OK) failures.push_back(how + std::string(localattn_last_error()));
+            if (const char *wrong = finish_device()) failures.push_back(how + std::string(wrong));
+            if (!workspace.guard_is_intact()) failures.push_back("memory behind the workspace was written");
+        };
+        if (context.device_type == LOCALATTN_CPU) {
+            poison();
+            if (call(&context, &params) != LOCALATTN_OK) return failures.push_back(localattn_last_error());
+        } else {
+            call_with_workspace("");
+        }
         for (const Written &w : results) compare_written(w, element, roundings, failures);
         const std::vector<unsigned char> alone = bytes();
 
         Random random(seed);
         const BackwardsExecutor backwards(static_cast<int32_t>(pick(random, 2, 5)));
         context.executor = &backwards.executor;
-        size_t size = 0;
-        if (workspace_size(&context, &params, pass, &size) != LOCALATTN_OK)
-            return failures.push_back("workspace query: " + std::string(localattn_last_error()));
-        // Exactly as much as was asked for, then a pattern.
-        const size_t whole = (size + 128) / 64 * 64;
-        auto *workspace = static_cast<unsigned char *>(std::aligned_alloc(64, whole));
-        std::memset(workspace, 0xff, size);
-        std::memset(workspace + size, 0x5a, whole - size);
-        context.workspace = workspace;
-        context.workspace_size = size;
-        poison();
-        if (call(&context, &params) != LOCALATTN_OK)
-            failures.push_back("with an executor: " + std::string(localattn_last_error()));
-        else if (bytes() != alone)
-            failures.push_back("the bits differ between one worker and " +
-                               std::to_string(backwards.executor.num_workers));
-        for (size_t i = size; i < whole; ++i) {
-            if (workspace[i] == 0x5a) continue;
-            failures.push_back("memory behind the workspace was written");
-            break;
-        }
-        std::free(workspace);
+        context.workspace = nullptr;
+        context.workspace_size = 0;
+        call_with_workspace("once more: ");
+        if (bytes() != alone)
+            failures.push_back("the bits differ the second time, with " +
+                               std::to_string(backwards.executor.num_workers) + " workers");
     }
 };
 
@@ -127,6 +162,7 @@ int run_random(const char *program, int argc, char **argv, uint64_t count, const
             std::fflush(stdout);
         }
     }
+    for (const auto &[reason, count] : declined) std::printf("%d times: %s\n", count, reason.c_str());
     std::printf("%s: from case %llu on, %llu configurations, %d runs, %d failures\n", program,
                 static_cast<unsigned long long>(first), static_cast<unsigned long long>(count), runs, failed);
     return failed == 0 && runs > 0 ? 0 : 1;

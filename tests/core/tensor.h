@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "config.h"
+#include "device.h"
 
 namespace test {
 
@@ -64,7 +65,7 @@ public:
     bool untouched() const;
 
     localattn_tensor view(int rank);
-    const std::vector<unsigned char> &bytes() const { return bytes_; }
+    const Bytes &bytes() const { return bytes_; }
 
 private:
     int64_t offset(const Shape &at) const;
@@ -73,7 +74,7 @@ private:
     double read(int64_t byte) const;
     void write(int64_t byte, double x);
 
-    std::vector<unsigned char> bytes_;
+    Bytes bytes_;
     int64_t base_ = 0;  // byte of the element at 0, ..., 0
     std::vector<bool> covered_;
 };

@@ -14,7 +14,8 @@ using namespace test;
 const double infinity = std::numeric_limits<double>::infinity();
 
 const Operation<localattn_linear_attention_params> operation = {
-    localattn_linear_attention_forward, localattn_linear_attention_backward, localattn_linear_attention_workspace_size};
+    localattn_linear_attention_forward, localattn_linear_attention_backward, localattn_linear_attention_workspace_size,
+    localattn_linear_attention_variant};
 
 template <class Visit>
 void each(const int64_t (&extent)[3], const Visit &visit) {

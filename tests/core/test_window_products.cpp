@@ -62,9 +62,11 @@ Params params_of(const Config &c) {
 }
 
 const Operation<localattn_similarity_params> similarity = {localattn_similarity_forward, localattn_similarity_backward,
-                                                           localattn_similarity_workspace_size};
+                                                           localattn_similarity_workspace_size,
+                                                           localattn_similarity_variant};
 const Operation<localattn_weighting_params> weighting = {localattn_weighting_forward, localattn_weighting_backward,
-                                                         localattn_weighting_workspace_size};
+                                                         localattn_weighting_workspace_size,
+                                                         localattn_weighting_variant};
 
 std::string check(uint64_t seed, const std::string &variant, std::vector<std::string> &failures) {
     Config c = random_config(seed, 60e3);

@@ -16,6 +16,7 @@ int main(void) {
     float zeros[64] = {0}, output[64];
     localattn_context context = LOCALATTN_INIT(localattn_context);
     localattn_attention_params params = LOCALATTN_INIT(localattn_attention_params);
+    localattn_similarity_params similarity = LOCALATTN_INIT(localattn_similarity_params);
     localattn_tensor *const tensors[] = {&params.query, &params.key, &params.value, &params.output};
     const char *name = NULL;
     localattn_status status;
@@ -28,6 +29,8 @@ int main(void) {
     params.channels = 8;
     params.query_extent[0] = params.key_extent[0] = 8;
     params.kernel_size[0] = 3;
+    similarity.rank = 1;
+    similarity.batch = similarity.heads = similarity.channels = similarity.kernel_size[0] = 1;
     for (i = 0; i < 4; i++) {
         tensors[i]->data = i < 3 ? zeros : output;
         tensors[i]->spatial_stride[0] = 8;
@@ -58,6 +61,8 @@ int main(void) {
     expect(localattn_attention_backward(&context, &params) != LOCALATTN_OK, "backward fails");
     expect(localattn_attention_workspace_size(&context, &params, LOCALATTN_FORWARD, &size) == status,
            "so does the query");
+    expect(localattn_similarity_variant(&context, &similarity, LOCALATTN_FORWARD, &name, NULL, 0) == status,
+           "so do other operations");
 
     context.device_type = LOCALATTN_CPU;
     expect(localattn_attention_forward(&context, &params) == LOCALATTN_OK, "the CPU still computes");

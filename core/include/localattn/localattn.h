@@ -292,7 +292,9 @@ typedef struct localattn_linear_attention_params {
 /* Attention of every region of queries to a few regions of keys (bi-level routing, Zhu et al., 2023, arXiv 2303.08810).
  * Both maps are cut into one grid of regions, numbered row by row. The queries of region r attend to all pixels of the
  * regions region_index[r, :], which are read where they lie; a region chosen twice counts twice. region_weight
- * multiplies the keys and the values of a choice. All indices are checked before anything else is read.
+ * multiplies the keys and the values of a choice. All indices are checked before anything else is read. On CUDA the
+ * device checks them: an index out of range stops it with a device-side assertion, which the next synchronisation
+ * reports.
  *
  * The forward writes output and, if given, lse; the backward reads the inputs, output, lse, grad_output and, if given,
  * grad_lse, and writes each gradient given. dtype as for attention; lse, grad_lse and grad_region_weight are float32

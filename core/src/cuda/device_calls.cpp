@@ -66,12 +66,6 @@ const Module &module() {
     return *opened().module;
 }
 
-// Why the variant will not serve the problem on the device, or NULL.
-const char *declines(const Variant &variant, const Problem &problem, Pass pass, const Device &device) {
-    if (device.capability < variant.capability) return low_capability;
-    return variant.declines(problem, pass, device);
-}
-
 }  // namespace
 
 int32_t listed_variant_count() { return opened().module ? opened().module->variant_count : 0; }
@@ -91,7 +85,7 @@ const char *unavailable(const Variant &variant) {
     return first.device.capability < variant.capability ? low_capability : nullptr;
 }
 
-const Variant &choose_variant(const Problem &problem, Pass pass, const localattn_context &context, Report &report) {
+const Variant &choose_variant(const Declines &declines, const localattn_context &context, Report &report) {
     if (report.text && report.size) *report.text = '\0';
     const Module &m = module();
     Device device;
@@ -104,7 +98,7 @@ const Variant &choose_variant(const Problem &problem, Pass pass, const localattn
         const Variant &variant = *m.variants[i];
         names += (i ? ", " : "") + std::string(variant.name);
         if (is_forced && std::strcmp(forced, variant.name) != 0) continue;
-        const char *reason = declines(variant, problem, pass, device);
+        const char *reason = device.capability < variant.capability ? low_capability : declines(variant, device);
         if (!reason) return variant;
         if (is_forced)
             fail(LOCALATTN_UNSUPPORTED, "context.variant is \"%s\", but that variant declines: %s", forced, reason);
@@ -116,15 +110,7 @@ const Variant &choose_variant(const Problem &problem, Pass pass, const localattn
     fail(LOCALATTN_UNSUPPORTED, "no CUDA variant built into this library takes the problem");
 }
 
-size_t workspace_size(const Problem &problem, Pass pass, const localattn_context &context) {
-    Report unread;
-    return choose_variant(problem, pass, context, unread).workspace(problem, pass);
-}
-
-void attention(const Problem &problem, Pass pass, const localattn_context &context) {
-    Report unread;
-    const Variant &variant = choose_variant(problem, pass, context, unread);
-    const size_t needed = variant.workspace(problem, pass);
+void run(const Variant &variant, size_t needed, const localattn_context &context, const Launch &launch) {
     if (needed && !context.workspace)
         fail(LOCALATTN_WORKSPACE_TOO_SMALL,
              "context.workspace is NULL, but a CUDA call needs %zu bytes of device memory", needed);
@@ -133,12 +119,30 @@ void attention(const Problem &problem, Pass pass, const localattn_context &conte
     int32_t previous = 0, ignored = 0;
     const char *wrong = m.make_current(context.device_index, &previous);
     if (!wrong) {
-        wrong = variant.run(problem, pass, context.stream, context.workspace);
+        wrong = launch(context.stream, context.workspace);
         if (previous != context.device_index) m.make_current(previous, &ignored);
     }
     if (wrong)
         fail(LOCALATTN_DEVICE_ERROR, "device %d could not run the variant %s: %s", context.device_index, variant.name,
              wrong);
+}
+
+const Variant &choose_variant(const Problem &problem, Pass pass, const localattn_context &context, Report &report) {
+    return choose_variant(
+        [&](const Variant &variant, const Device &device) { return variant.declines(problem, pass, device); }, context,
+        report);
+}
+
+size_t workspace_size(const Problem &problem, Pass pass, const localattn_context &context) {
+    Report unread;
+    return choose_variant(problem, pass, context, unread).workspace(problem, pass);
+}
+
+void attention(const Problem &problem, Pass pass, const localattn_context &context) {
+    Report unread;
+    const Variant &variant = choose_variant(problem, pass, context, unread);
+    run(variant, variant.workspace(problem, pass), context,
+        [&](void *stream, void *workspace) { return variant.run(problem, pass, stream, workspace); });
 }
 
 }  // namespace localattn::cuda

@@ -1,49 +1,11 @@
-// The generic kernels: every option, any architecture, one warp for each query or key. Simple and right; the yardstick
-// for the fast ones. Device and launches: arch/generic.cu. What a pair contributes: pair.h.
-//
-// A warp holds up to `chunk` channels of a result in registers and goes over its window once for each chunk, so widths
-// to 256 are computed in one pass and any other width is possible.
+// The generic kernels of attention: every option, any architecture, one warp for each query or key. Simple and right;
+// the yardstick for the fast ones. Device and launches: arch/generic.cu. What a pair contributes: pair.h. Channels go
+// by chunks: chunk.h.
 #pragma once
+#include "chunk.h"
 #include "pair.h"
-#include "transposed_window.h"
 
 namespace localattn::cuda {
-
-constexpr int generic_threads = 256;
-constexpr int generic_warps = generic_threads / warp_size;
-constexpr int chunk_registers = 8;
-constexpr int64_t chunk = chunk_registers * warp_size;
-
-GPU_FUNCTION int64_t first_warp() { return int64_t(block_index().x) * generic_warps + thread_index() / warp_size; }
-GPU_FUNCTION int64_t warp_step() { return int64_t(grid_extent().x) * generic_warps; }
-
-// The chunk of a row of channels that a warp works on: lane l has channels first + l, first + l + 32, ...
-template <class Real>
-struct Chunk {
-    int64_t first;
-    Real value[chunk_registers];
-
-    GPU_METHOD explicit Chunk(int64_t from) : first(from) {
-        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) value[i] = 0;
-    }
-    GPU_METHOD void scale(Real factor) {
-        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) value[i] *= factor;
-    }
-    template <class T>
-    GPU_METHOD void add(Real factor, const T *row, int64_t stride, int64_t channels) {
-        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) {
-            const int64_t c = first + i * warp_size + lane_index();
-            if (c < channels) value[i] += factor * widen(row[c * stride]);
-        }
-    }
-    template <class T>
-    GPU_METHOD void write(T *row, int64_t stride, int64_t channels) const {
-        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) {
-            const int64_t c = first + i * warp_size + lane_index();
-            if (c < channels) narrow(value[i], row[c * stride]);
-        }
-    }
-};
 
 template <class T>
 GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_forward(GPU_ARGUMENT Problem p) {
@@ -120,27 +82,13 @@ template <class T>
 GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUMENT BackwardArguments<T> arguments) {
     using Real = Accumulator<T>;
     const Problem &p = arguments.problem;
-    const int64_t keys = p.batch * p.axis[0].keys * p.axis[1].keys * p.axis[2].keys * p.kv_heads;
     const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels, group = p.heads / p.kv_heads;
-    for (int64_t index = first_warp(); index < keys; index += warp_step()) {
-        int64_t rest = index;
-        Place key;
-        key.head = rest % p.kv_heads;
-        rest /= p.kv_heads;
-        GPU_UNROLL_FOR (int a = 2; a >= 0; --a) {
-            key.at[a] = rest % p.axis[a].keys;
-            rest /= p.axis[a].keys;
-        }
-        key.batch = rest;
+    for (int64_t index = first_warp(); index < key_count(p); index += warp_step()) {
+        const Place key = key_at(p, index);
         for (int64_t first = 0; first < widest; first += chunk) {
             Chunk<Real> key_sum(first), value_sum(first);
-            Query query;
-            int64_t at[3];
-            const auto add_query = [&]() {
-                Entry entry;
+            for_each_query(p, key, [&](Query &query, const Entry &entry) {
                 PairGradient<Real> pair;
-                query.place.batch = key.batch;
-                if (!find_entry(p, query, at, entry)) return;
                 for (query.place.head = key.head * group; query.place.head < (key.head + 1) * group;
                      ++query.place.head) {
                     if (!pair_gradient<T>(p, query, entry, arguments.delta, pair)) return;
@@ -148,17 +96,6 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUME
                     value_sum.add(pair.weight, row_of<const T>(p.grad_output, query.place), p.grad_output.channel,
                                   p.value_channels);
                 }
-            };
-            for_each_query_of_key(p.axis[0], key.at[0], [&](int64_t query0, const Window &window0, int64_t entry0) {
-                query.place.at[0] = query0, query.window[0] = window0, at[0] = entry0;
-                for_each_query_of_key(p.axis[1], key.at[1], [&](int64_t query1, const Window &window1, int64_t entry1) {
-                    query.place.at[1] = query1, query.window[1] = window1, at[1] = entry1;
-                    for_each_query_of_key(p.axis[2], key.at[2],
-                                          [&](int64_t query2, const Window &window2, int64_t entry2) {
-                                              query.place.at[2] = query2, query.window[2] = window2, at[2] = entry2;
-                                              add_query();
-                                          });
-                });
             });
             key_sum.scale(Real(p.scale));
             if (p.grad_key.data) key_sum.write(row_of<T>(p.grad_key, key), p.grad_key.channel, p.channels);

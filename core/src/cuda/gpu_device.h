@@ -10,6 +10,9 @@
 #define GPU_UNROLL_FOR _Pragma("unroll") for
 #define GPU_TABLE __device__ const
 
+// The device's, which assert.h declares only where assertions are on.
+extern "C" __host__ __device__ void __assert_fail(const char *, const char *, unsigned, const char *) noexcept;
+
 namespace localattn::gpu {
 
 GPU_FUNCTION int thread_index() { return int(threadIdx.x); }
@@ -19,13 +22,24 @@ GPU_FUNCTION int block_threads() { return int(blockDim.x); }
 GPU_FUNCTION void synchronize() { __syncthreads(); }
 
 GPU_FUNCTION bool any_in_warp(bool condition) { return __any_sync(~0u, condition); }
+// Bit l: lane l's condition.
+GPU_FUNCTION uint32_t ballot(bool condition) { return __ballot_sync(~0u, condition); }
+GPU_FUNCTION int count_bits(uint32_t bits) { return __popc(bits); }
 GPU_FUNCTION float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
 // A value that is the same in all lanes, so that the compiler knows it, too: branches on it need no convergence.
 GPU_FUNCTION int uniform(int value) { return __shfl_sync(~0u, value, 0); }
-// A butterfly: the same bits in every lane.
-template <class Real>
+// A butterfly over groups of so many neighbouring lanes: the same bits in every lane of a group.
+template <int group = warp_size, class Real>
 GPU_FUNCTION Real warp_sum(Real value) {
-    GPU_UNROLL_FOR (int lanes = warp_size / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+    GPU_UNROLL_FOR (int lanes = group / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+    return value;
+}
+template <class Real>
+GPU_FUNCTION Real warp_max(Real value) {
+    GPU_UNROLL_FOR (int lanes = warp_size / 2; lanes > 0; lanes /= 2) {
+        const Real other = __shfl_xor_sync(~0u, value, lanes);
+        value = other > value ? other : value;
+    }
     return value;
 }
 
@@ -96,6 +110,12 @@ GPU_FUNCTION uint32_t pack(float16, float low, float high) {
     uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
+}
+
+// For what only the device can check. A failure ends the kernel and all that follows it on the device; the next
+// synchronisation reports a device-side assertion, which the CUDA runtime has printed with the text.
+GPU_FUNCTION void require(bool condition, const char *text) {
+    if (!condition) __assert_fail(text, "localattn", 0, "");
 }
 
 GPU_FUNCTION float exponential(float x) { return expf(x); }

@@ -7,8 +7,8 @@
 
 namespace localattn::cuda {
 
-// Raise it with every change of Module, Variant, Device or Problem: both libraries must come from one build.
-constexpr int32_t module_interface = 1;
+// Raise it with every change of Module, Variant, Device or a problem: both libraries must come from one build.
+constexpr int32_t module_interface = 2;
 
 struct Module {
     int32_t interface;

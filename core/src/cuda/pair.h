@@ -5,6 +5,7 @@
 #include "../scalar.h"
 #include "../window.h"
 #include "gpu.h"
+#include "transposed_window.h"
 
 namespace localattn::cuda {
 
@@ -103,6 +104,42 @@ GPU_FUNCTION Place key_place(const Problem &p, const Query &query, const Entry &
     GPU_UNROLL_FOR (int a = 0; a < 3; ++a)
         key.at[a] = query.window[a].residue + p.axis[a].dilation * (query.window[a].start + entry.at[a]);
     return key;
+}
+
+GPU_FUNCTION int64_t key_count(const Problem &p) {
+    return p.batch * p.axis[0].keys * p.axis[1].keys * p.axis[2].keys * p.kv_heads;
+}
+
+GPU_FUNCTION Place key_at(const Problem &p, int64_t index) {
+    Place key;
+    key.head = index % p.kv_heads;
+    index /= p.kv_heads;
+    GPU_UNROLL_FOR (int a = 2; a >= 0; --a) {
+        key.at[a] = index % p.axis[a].keys;
+        index /= p.axis[a].keys;
+    }
+    key.batch = index;
+    return key;
+}
+
+// Calls visit(query, entry) for every query that has the key in its window, in a fixed order; the query's head is not
+// set.
+template <class Visit>
+GPU_FUNCTION void for_each_query(const Problem &p, const Place &key, Visit visit) {
+    Query query;
+    Entry entry;
+    int64_t at[3];
+    query.place.batch = key.batch;
+    for_each_query_of_key(p.axis[0], key.at[0], [&](int64_t query0, const Window &window0, int64_t entry0) {
+        query.place.at[0] = query0, query.window[0] = window0, at[0] = entry0;
+        for_each_query_of_key(p.axis[1], key.at[1], [&](int64_t query1, const Window &window1, int64_t entry1) {
+            query.place.at[1] = query1, query.window[1] = window1, at[1] = entry1;
+            for_each_query_of_key(p.axis[2], key.at[2], [&](int64_t query2, const Window &window2, int64_t entry2) {
+                query.place.at[2] = query2, query.window[2] = window2, at[2] = entry2;
+                if (find_entry(p, query, at, entry)) visit(query, entry);
+            });
+        });
+    });
 }
 
 // The same bits in every lane.

@@ -4,7 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../linear_attention.h"
 #include "../problem.h"
+#include "../routed_attention.h"
+#include "../window_product.h"
 
 namespace localattn::cuda {
 
@@ -12,6 +15,14 @@ namespace localattn::cuda {
 struct Device {
     int32_t capability = 0;    // 90 is compute capability 9.0
     int64_t shared_bytes = 0;  // of shared memory that one block may ask for
+};
+
+// A variant's code for an operation other than attention, as below: the pass is part of the problem.
+template <class OneProblem>
+struct Kernel {
+    const char *(*declines)(const OneProblem &, const Device &);
+    size_t (*workspace)(const OneProblem &);
+    const char *(*run)(const OneProblem &, void *stream, void *workspace);
 };
 
 struct Variant {
@@ -25,6 +36,10 @@ struct Variant {
     // Puts every result's computation on the stream, on the current device. Returns NULL, or what the CUDA runtime says
     // went wrong. Extents may be zero.
     const char *(*run)(const Problem &, Pass, void *stream, void *workspace);
+    // NULL: the variant does not have the operation.
+    const Kernel<WindowProduct> *window_product = nullptr;
+    const Kernel<LinearProblem> *linear_attention = nullptr;
+    const Kernel<RoutedProblem> *routed_attention = nullptr;
 };
 
 // Best first; `generic`, which declines nothing, last.

@@ -2,27 +2,14 @@
 #include "../generic.h"
 
 #include "../variant.h"
+#include "generic_operators.h"
 
 namespace localattn::cuda {
 
 namespace {
 
-// Enough blocks for one warp an item, up to a grid's limit; beyond it each warp takes several.
-Extent3 grid_for(int64_t items, int64_t items_a_block) {
-    const int64_t blocks = (items + items_a_block - 1) / items_a_block, most = INT32_MAX;
-    return {int32_t(blocks < most ? blocks : most), 1, 1};
-}
-
 int64_t count_of_queries(const Problem &p) {
     return p.batch * p.axis[0].queries * p.axis[1].queries * p.axis[2].queries * p.heads;
-}
-
-// Kernels never start on an empty grid, which CUDA refuses.
-template <class Arguments>
-const char *launch_warps(void (*kernel)(Arguments), int64_t items, void *stream,
-                         const std::remove_const_t<Arguments> &arguments) {
-    if (items == 0) return nullptr;
-    return launch(kernel, grid_for(items, generic_warps), generic_threads, 0, stream, arguments);
 }
 
 template <class T>
@@ -119,7 +106,14 @@ const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
 }  // namespace
 
 extern const Variant generic_variant;
-const Variant generic_variant = {
-    "cuda_generic", "every option, any NVIDIA GPU from compute capability 7.0", 70, declines, workspace, run};
+const Variant generic_variant = {"cuda_generic",
+                                 "every option, any NVIDIA GPU from compute capability 7.0",
+                                 70,
+                                 declines,
+                                 workspace,
+                                 run,
+                                 &generic_window_product,
+                                 &generic_linear_attention,
+                                 &generic_routed_attention};
 
 }  // namespace localattn::cuda

@@ -16,7 +16,8 @@ int64_t key_columns(const Axis &x) {
 }
 
 // Are the channels contiguous, and is every row of them aligned to `elements` elements of `size` bytes?
-inline bool unit_aligned(const Problem &p, const Tensor &t, int64_t elements, int64_t size) {
+template <class OneProblem>
+bool unit_aligned(const OneProblem &p, const Tensor &t, int64_t elements, int64_t size) {
     if (t.channel != 1 || reinterpret_cast<uintptr_t>(t.data) % uintptr_t(size * elements)) return false;
     if (p.batch > 1 && t.batch % elements) return false;
     return t.head % elements == 0 && t.axis[1] % elements == 0 && t.axis[2] % elements == 0;

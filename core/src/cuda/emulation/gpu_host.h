@@ -27,6 +27,10 @@ namespace emulation {
 struct Vote {
     bool condition, any;
 };
+struct Ballot {
+    bool condition;
+    uint32_t bits;
+};
 struct Uniform {
     int value, line;
 };
@@ -109,6 +113,19 @@ GPU_FUNCTION bool any_in_warp(bool condition, int line = __builtin_LINE()) {
         line);
     return vote.any;
 }
+GPU_FUNCTION uint32_t ballot(bool condition, int line = __builtin_LINE()) {
+    emulation::Ballot ballot{condition, 0};
+    emulation::Machine::current().collective<emulation::Ballot>(
+        ballot,
+        [](emulation::Ballot *const *lanes) {
+            uint32_t bits = 0;
+            for (int i = 0; i < warp_size; i++) bits |= uint32_t(lanes[i]->condition) << i;
+            for (int i = 0; i < warp_size; i++) lanes[i]->bits = bits;
+        },
+        line);
+    return ballot.bits;
+}
+GPU_FUNCTION int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 // A value that must be the same in all lanes.
 GPU_FUNCTION int uniform(int value, int line = __builtin_LINE()) {
     emulation::Uniform uniform{value, line};
@@ -132,14 +149,14 @@ GPU_FUNCTION float shuffle_xor(float value, int lanes, int line = __builtin_LINE
         line);
     return shuffle.received;
 }
-// A butterfly, in the device's order of addition: the same bits in every lane.
-template <class Real>
+// A butterfly, in the device's order of addition: the same bits in every lane of a group.
+template <int group = warp_size, class Real>
 GPU_FUNCTION Real warp_sum(Real value, int line = __builtin_LINE()) {
     emulation::Sum<Real> sum{value};
     emulation::Machine::current().collective<emulation::Sum<Real>>(
         sum,
         [](emulation::Sum<Real> *const *lanes) {
-            for (int distance = warp_size / 2; distance > 0; distance /= 2) {
+            for (int distance = group / 2; distance > 0; distance /= 2) {
                 Real next[warp_size];
                 for (int i = 0; i < warp_size; i++) next[i] = lanes[i]->value + lanes[i ^ distance]->value;
                 for (int i = 0; i < warp_size; i++) lanes[i]->value = next[i];
@@ -147,6 +164,19 @@ GPU_FUNCTION Real warp_sum(Real value, int line = __builtin_LINE()) {
         },
         line);
     return sum.value;
+}
+template <class Real>
+GPU_FUNCTION Real warp_max(Real value, int line = __builtin_LINE()) {
+    emulation::Sum<Real> largest{value};
+    emulation::Machine::current().collective<emulation::Sum<Real>>(
+        largest,
+        [](emulation::Sum<Real> *const *lanes) {
+            Real all = lanes[0]->value;
+            for (int i = 1; i < warp_size; i++) all = lanes[i]->value > all ? lanes[i]->value : all;
+            for (int i = 0; i < warp_size; i++) lanes[i]->value = all;
+        },
+        line);
+    return largest.value;
 }
 
 GPU_FUNCTION SharedAddress shared_memory() { return emulation::Machine::shared_base; }
@@ -206,6 +236,10 @@ GPU_FUNCTION uint32_t pack(Element, float low, float high) {
     narrow(low, pair[0]);
     narrow(high, pair[1]);
     return pair[0].bits | uint32_t(pair[1].bits) << 16;
+}
+
+GPU_FUNCTION void require(bool condition, const char *text, int line = __builtin_LINE()) {
+    if (!condition) emulation::Machine::current().fail(text, line);
 }
 
 GPU_FUNCTION float exponential(float x) { return std::exp(x); }
