@@ -173,7 +173,8 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     nothing = largest == -math.inf
     weights = torch.exp(scores - largest.masked_fill(nothing, 0))
     total = weights.sum(-1, keepdim=True).masked_fill(nothing, 1)
-    return weights / total, (total.log() + largest).squeeze(-1)
+    lse = (total.log() + largest).masked_fill(largest == math.inf, math.inf)
+    return weights / total, lse.squeeze(-1)
 
 
 # ---- window attention ------------------------------------------------------------------------------------------------

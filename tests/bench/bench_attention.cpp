@@ -146,7 +146,8 @@ private:
         return t;
     }
     void randomise(const localattn_tensor &t) {
-        const auto found = std::find_if(arrays_.begin(), arrays_.end(), [&](const Array &a) { return a.data() == t.data; });
+        const auto found =
+            std::find_if(arrays_.begin(), arrays_.end(), [&](const Array &a) { return a.data() == t.data; });
         std::uniform_real_distribution<float> uniform(-1, 1);
         const size_t element = dtype_ == LOCALATTN_FLOAT32 ? 4 : 2;
         for (size_t i = 0; i < found->size() / element; ++i) {

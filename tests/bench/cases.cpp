@@ -34,8 +34,8 @@ int64_t Case::window() const {
 double Case::pairs() const {
     double n = static_cast<double>(batch * heads);
     for (size_t a = 0; a < static_cast<size_t>(rank); ++a) {
-        const localattn::Axis axis{queries[a],  keys[a],   kernel[a], stride[a],
-                                   dilation[a], causal[a], static_cast<localattn::Border>(border)};
+        const localattn::Axis axis{
+            queries[a], keys[a], kernel[a], stride[a], dilation[a], causal[a], static_cast<localattn::Border>(border)};
         double seen = 0;
         for (int64_t q = 0; q < queries[a]; ++q) {
             const localattn::Window w = localattn::window_of(axis, q);
@@ -106,12 +106,10 @@ std::vector<Case> cases() {
     for (const int64_t channels : {16, 24, 32, 48, 64, 80, 96, 128, 192, 256}) {
         all.push_back(changed(square(2, channels, 64, 7), "width/" + std::to_string(channels), [](Case &) {}));
     }
-    all.push_back(changed(square(1, 64, 128, 7), "channels_first/1x64/128/k7", [](Case &c) {
-        c.channels_first = true;
-    }));
-    all.push_back(changed(square(1, 64, 128, 21), "channels_first/1x64/128/k21", [](Case &c) {
-        c.channels_first = true;
-    }));
+    all.push_back(
+        changed(square(1, 64, 128, 7), "channels_first/1x64/128/k7", [](Case &c) { c.channels_first = true; }));
+    all.push_back(
+        changed(square(1, 64, 128, 21), "channels_first/1x64/128/k21", [](Case &c) { c.channels_first = true; }));
     return all;
 }
 

@@ -145,7 +145,7 @@ void attend(const Config &c, const Inputs &in, const Shape &q, Results &r) {
     Sum total = 0;
     for (const Entry &e : entries) total += std::exp(Sum(e.score) - Sum(largest));
     for (Entry &e : entries) e.probability = double(std::exp(Sum(e.score) - Sum(largest)) / total);
-    const double lse = double(Sum(largest) + std::log(total));
+    const double lse = !nan && largest == infinity ? infinity : double(Sum(largest) + std::log(total));
     r.lse.add(row, lse, std::fabs(lse), 1);
     r.lse.score_terms[row] += score_terms + 1;
 

@@ -12,16 +12,6 @@
 
 namespace localattn::cpu {
 
-// A query that saw no key has lse = -infinity; as +infinity it gives it weights of zero, and its delta cannot matter.
-template <class V>
-LOCALATTN_INLINE void store_statistics(typename V::reg lse, typename V::reg delta, typename V::T *lse_out,
-                                       typename V::T *delta_out) {
-    using T = typename V::T;
-    const typename V::reg lowest = V::all(-T(__builtin_inf()));
-    V::store(lse_out, lse == lowest ? -lowest : lse);
-    V::store(delta_out, lse == lowest ? typename V::reg{} : delta);
-}
-
 // s to weights p, dp to ds, for one row of scores.
 template <class V>
 LOCALATTN_INLINE void differentiate(int64_t n, typename V::reg lse, typename V::reg delta, typename V::T *s,

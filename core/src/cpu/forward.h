@@ -99,8 +99,7 @@ struct ForwardWorker {
             });
             m0 = V::max(V::max(m0, m1), V::max(m2, m3));
             V::store(maximum + r * V::lanes, m0);
-            // Nothing seen yet: any finite shift gives weights of zero.
-            const reg shift = m0 == lowest ? reg{} : m0;
+            const reg shift = V::shift_of(m0);
             reg s0{}, s1{};
             if (!first) {
                 const reg decay = V::exp2(before - shift);
@@ -138,7 +137,7 @@ struct ForwardWorker {
         const int64_t period = plan.lane_axis.query_period;
         for (int r = 0; r < block.rows; ++r) {
             const reg total = V::load(sum + r * V::lanes);
-            const reg inverse = total == reg{} ? reg{} : V::all(T(1)) / total;
+            const reg inverse = V::inverse_of(total);
             const auto offset = [&](const Tensor &t) {
                 return job.batch * t.batch + job.head * t.head + plan.axis0.query.position[block.row0] * t.axis[0] +
                        plan.axis1.query.position[block.row + r] * t.axis[1] +

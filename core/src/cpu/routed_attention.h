@@ -151,8 +151,7 @@ struct Routed {
                 }
                 m0 = V::max(m0, m1);
                 V::store(w.maximum + i, m0);
-                // Nothing but -infinity yet: any finite shift gives weights of zero.
-                const reg shift = m0 == lowest ? reg{} : m0;
+                const reg shift = V::shift_of(m0);
                 const reg decay = V::exp2(before - shift);
                 reg t0 = decay * V::load(w.total + i), t1{};
                 for (k = 0; k + 2 <= n; k += 2) {
@@ -176,7 +175,7 @@ struct Routed {
         });
         for (int64_t i = 0; i < wide; i += V::lanes) {
             const reg total = V::load(w.total + i);
-            const reg inverse = total == reg{} ? reg{} : V::all(T(1)) / total;
+            const reg inverse = V::inverse_of(total);
             for (int64_t e = 0; e < p.value_channels; ++e)
                 V::store(w.sum_b + e * row + i, inverse * V::load(w.sum_b + e * row + i));
             V::store(w.lse + i, (V::load(w.maximum + i) + V::log2(total)) * T(ln_2));
@@ -191,16 +190,13 @@ struct Routed {
                            const T *output, const Buffers &w) const {
         read_numbers<V>(p.lse, of_queries(p.lse, b, h, region), first, n, w.lse);
         if (p.grad_lse.data) read_numbers<V>(p.grad_lse, of_queries(p.grad_lse, b, h, region), first, n, w.delta);
-        const reg lowest = V::all(-T(__builtin_inf()));
         for (int64_t i = 0; i < n; i += V::lanes) {
             const reg lse = V::load(w.lse + i);
             reg sum{};
             for (int64_t e = 0; e < p.value_channels; ++e)
                 sum += V::load(grad_output + e * row + i) * V::load(output + e * row + i);
             if (p.grad_lse.data) sum -= V::load(w.delta + i);
-            // A query without keys weighs nothing, and its delta cannot matter.
-            V::store(w.lse + i, lse == lowest ? -lowest : lse * T(log2_e));
-            V::store(w.delta + i, lse == lowest ? reg{} : sum);
+            store_statistics<V>(lse * T(log2_e), sum, w.lse + i, w.delta + i);
         }
     }
 
@@ -315,15 +311,14 @@ struct Routed {
         multiply<V>(w.key, 1, key_row, w.a, row, p.channels, w.s, row, n, wide);
         multiply<V>(w.value, 1, value_row, w.b, row, p.value_channels, w.dp, row, n, wide);
         for (int64_t q = 0; q < n; ++q) {
-            const T lse = w.lse[q];
-            const bool none = lse == -T(__builtin_inf());
             reg sum{};
             for (int64_t e = 0; e < value_row; e += V::lanes)
                 sum += V::load(w.value + q * value_row + e) * V::load(w.other + q * value_row + e);
             T delta = p.grad_lse.data ? -w.delta[q] : T(0);
             for (int l = 0; l < V::lanes; ++l) delta += sum[l];
-            const reg shift = V::all(none ? T(__builtin_inf()) : lse * T(log2_e));
-            const reg less = V::all(none ? T(0) : delta);
+            alignas(64) T one[2][V::lanes];
+            store_statistics<V>(V::all(w.lse[q] * T(log2_e)), V::all(delta), one[0], one[1]);
+            const reg shift = V::load(one[0]), less = V::load(one[1]);
             for (int64_t i = 0; i < wide; i += V::lanes) {
                 const reg probability = V::exp2(V::load(w.s + q * row + i) * weight - shift);
                 const reg ds = probability * (V::load(w.dp + q * row + i) * weight - less);

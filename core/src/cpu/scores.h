@@ -7,6 +7,17 @@ namespace localattn::cpu {
 
 inline constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
 
+// A query that saw no key has lse = -infinity; as +infinity it gives it weights of zero, and its delta cannot matter.
+// One with an infinite score has lse = +infinity; as NaN it makes every weight NaN, as in the forward.
+template <class V>
+LOCALATTN_INLINE void store_statistics(typename V::reg lse, typename V::reg delta, typename V::T *lse_out,
+                                       typename V::T *delta_out) {
+    using T = typename V::T;
+    const typename V::reg lowest = V::all(-T(__builtin_inf()));
+    V::store(lse_out, lse == lowest ? -lowest : lse == -lowest ? lse - lse : lse);
+    V::store(delta_out, lse == lowest ? typename V::reg{} : delta);
+}
+
 // Of query row `row` of A: the rows of B present in its window for b0, those outside the map included.
 LOCALATTN_INLINE void present_rows(const Plan &plan, int64_t row0, int64_t row, int64_t b0, int64_t &begin,
                                    int64_t &end) {

@@ -99,6 +99,20 @@ struct Vector {
         return p * reinterpret_cast<reg>(exponent);
     }
 
+    // What softmax subtracts from scores whose maximum is `m`. Without any score above -infinity, something finite
+    // gives weights of zero; so it does where the maximum is +infinity, whose weight and sum then are +infinity, as is
+    // the log-sum-exp, and the output NaN.
+    static inline __attribute__((always_inline)) reg shift_of(reg m) {
+        const reg highest = all(sizeof(T) == 8 ? T(__DBL_MAX__) : T(__FLT_MAX__));
+        m = m > highest ? highest : m;
+        return m < -highest ? reg{} : m;
+    }
+
+    // What the weights' sum divides by: 0 for a query that saw nothing, NaN if one of its scores is +infinity.
+    static inline __attribute__((always_inline)) reg inverse_of(reg total) {
+        return total == reg{} ? reg{} : (T(1) + (total - total)) / total;
+    }
+
     // log2 of a number >= 0; -infinity for 0. float: relative error of the fit 2.7e-8.
     static inline __attribute__((always_inline)) reg log2(reg x) {
         if constexpr (sizeof(T) == 8) {

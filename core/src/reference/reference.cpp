@@ -183,7 +183,8 @@ private:
                 }
             });
             for (int64_t c = 0; c < p_.value_channels; ++c) sum[c] /= total;
-            lse = largest + std::log(total);
+            const bool infinite = !nan && largest > std::numeric_limits<double>::max();
+            lse = infinite ? largest : largest + std::log(total);
         }
         const int64_t out = at(p_.output, row.batch, row.query, row.head);
         for (int64_t c = 0; c < p_.value_channels; ++c) store<T>(p_.output, out + c * p_.output.channel, sum[c]);
@@ -195,7 +196,10 @@ private:
     bool sees_nothing(const Row &row) const { return lse_of(row) == -std::numeric_limits<double>::infinity(); }
 
     double probability(const Row &row, const Windows &w, const Position &u, Entry kind) const {
-        return std::exp(score(row, w, u, kind) - lse_of(row));
+        const double lse = lse_of(row);
+        // An infinite score makes the whole softmax NaN.
+        if (lse > std::numeric_limits<double>::max()) return std::numeric_limits<double>::quiet_NaN();
+        return std::exp(score(row, w, u, kind) - lse);
     }
 
     double grad_score(const Row &row, const Windows &w, const Position &u, Entry kind) const {

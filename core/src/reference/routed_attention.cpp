@@ -34,7 +34,9 @@ public:
                 });
                 store<T>(p_.output, at(p_.output, b, q, h) + e * p_.output.channel, total == 0 ? 0 : sum / total);
             }
-            if (p_.lse.data) store<Wide>(p_.lse, at(p_.lse, b, q, h), total == 0 ? -infinity : std::log(total) + shift);
+            if (!p_.lse.data) return;
+            const double lse = largest == infinity ? infinity : total == 0 ? -infinity : std::log(total) + shift;
+            store<Wide>(p_.lse, at(p_.lse, b, q, h), lse);
         });
     }
 
@@ -93,7 +95,10 @@ private:
             const RoutedProblem &p = r.p_;
             weight = r.weight(b, region_of(p, q, p.query_region), choice);
             const double lse = load<Wide>(p.lse, at(p.lse, b, q, h));
-            probability = lse == -infinity ? 0 : std::exp(r.score(b, h, q, k) * weight - lse);
+            // An infinite score makes the whole softmax NaN.
+            probability = lse == -infinity  ? 0
+                          : lse == infinity ? std::numeric_limits<double>::quiet_NaN()
+                                            : std::exp(r.score(b, h, q, k) * weight - lse);
             grad_probability = 0;
             double delta = 0;
             for (int64_t e = 0; e < p.value_channels; ++e) {
