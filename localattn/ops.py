@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -292,27 +293,24 @@ def _native_arguments(
 ) -> tuple:  # fmt: skip
     """The arguments of the operators' schemas."""
     _library.require_operators()
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query must be a Tensor, got {type(query).__name__}")
+    _check_tensors({"query": query})
     rank = query.dim() - 3
     if not 1 <= rank <= 3:
         raise ValueError(
             f"query must be (batch, one to three spatial axes, heads, channels), got shape {tuple(query.shape)}"
         )
+    if scale is not None and not isinstance(scale, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a number or None, got {scale!r}")
     options = window_options(rank, kernel_size, stride, dilation, is_causal, border)
     axis_biases: tuple = (None,) * 3
     if axis_bias is not None:
         if not isinstance(axis_bias, (tuple, list)) or len(axis_bias) != rank:
             raise ValueError(f"axis_bias must be a list of one tensor or None for each of the {rank} spatial axes")
         axis_biases = (*axis_bias, *(None,) * (3 - rank))
-    names = ("key", "value", "key_mask", "bias", "rel_pos_bias", "axis_bias[0]", "axis_bias[1]", "axis_bias[2]")
-    for i, (name, tensor) in enumerate(zip(names, (key, value, key_mask, bias, rel_pos_bias, *axis_biases))):
-        if tensor is None and i >= 2:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if tensor.device != query.device:
-            raise RuntimeError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+    optional = {"key_mask": key_mask, "bias": bias, "rel_pos_bias": rel_pos_bias}
+    optional |= {f"axis_bias[{axis}]": tensor for axis, tensor in enumerate(axis_biases)}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check_tensors({"query": query, "key": key, "value": value, **given})
     if not enable_gqa and key.dim() == query.dim() and key.shape[-2] != query.shape[-2]:
         raise ValueError(
             f"key has {key.shape[-2]} heads and query {query.shape[-2]}; unequal heads need enable_gqa=True"
@@ -337,11 +335,13 @@ def _window_arguments(name, first, other_name, other, kernel_size, stride, dilat
 
 
 def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
-    """All are tensors, on the device of the first."""
+    """All are dense tensors, on the device of the first."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor (layout torch.strided), got {tensor.layout}")
         if tensor.device != first.device:
             raise RuntimeError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
 

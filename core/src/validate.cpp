@@ -51,19 +51,20 @@ void check_window(localattn_attention_params &p) {
     }
     if (!p.raster_causal) return;
     if (p.border == LOCALATTN_BORDER_SHIFT) {
-        fail(LOCALATTN_INVALID_ARGUMENT, "border is %d (shift), but must be mask or zero with raster_causal", p.border);
+        fail(LOCALATTN_INVALID_ARGUMENT, "border is %d (shift), but must be mask or zero where causality is by raster",
+             p.border);
     }
     for (int a = 0; a < p.rank; ++a) {
         if (p.kernel_size[a] % 2 == 0) {
-            fail(LOCALATTN_INVALID_ARGUMENT, "kernel_size[%d] is %" PRId64 ", but must be odd with raster_causal", a,
-                 p.kernel_size[a]);
+            fail(LOCALATTN_INVALID_ARGUMENT,
+                 "kernel_size[%d] is %" PRId64 ", but must be odd where causality is by raster", a, p.kernel_size[a]);
         }
         if (p.stride[a] != 1) {
-            fail(LOCALATTN_INVALID_ARGUMENT, "stride[%d] is %" PRId64 ", but must be 1 with raster_causal", a,
+            fail(LOCALATTN_INVALID_ARGUMENT, "stride[%d] is %" PRId64 ", but must be 1 where causality is by raster", a,
                  p.stride[a]);
         }
         if (p.is_causal[a]) {
-            fail(LOCALATTN_INVALID_ARGUMENT, "is_causal[%d] is 1, but must be 0 with raster_causal", a);
+            fail(LOCALATTN_INVALID_ARGUMENT, "is_causal[%d] is 1, but must be 0 where causality is by raster", a);
         }
     }
 }

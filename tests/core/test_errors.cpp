@@ -110,7 +110,7 @@ TEST(window) {
              {[](Params &p, Context &) { p.raster_causal = -1; }, invalid, {"raster_causal is -1", "0 or 1"}},
              {[](Params &p, Context &) { p.raster_causal = 1, p.border = LOCALATTN_BORDER_SHIFT; },
               invalid,
-              {"border is 2", "raster_causal"}},
+              {"border is 2", "by raster"}},
              {[](Params &p, Context &) { p.raster_causal = 1, p.kernel_size[1] = 4; },
               invalid,
               {"kernel_size[1] is 4", "odd"}},

@@ -75,13 +75,14 @@ TYPE_ERRORS = [
     *(("stride", {"stride": s}) for s in (1.0, None)),
     *(("dilation", {"dilation": d}) for d in (1.0, None)),
     *(("is_causal", {"is_causal": c}) for c in (None, 2, (None, True))),
+    *(("scale", {"scale": s}) for s in ("large", torch.ones(()))),
+    *((name, {name: GOOD[name].to_sparse()}) for name in ("query", "key", "value")),
 ]
 RUNTIME_ERRORS = [
     ("key", {"key": GOOD["key"].to("meta")}),
     ("value", {"value": GOOD["value"].to("meta")}),
     ("bias", {"bias": randn(9).to("meta")}),
     ("key_mask", {"key_mask": mask(2, 6, 6, device="meta")}),
-    ("scale", {"scale": "large"}),
 ]
 
 

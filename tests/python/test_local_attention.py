@@ -154,6 +154,20 @@ def test_scores_of_minus_infinity(variant):
     assert torch.equal(gradients[3][0], torch.zeros(9))
 
 
+def test_scores_of_plus_infinity(variant):
+    # As torch.softmax and torch.logsumexp: NaN, and infinity.
+    query, key, value = (t.requires_grad_() for t in random_problem())
+    bias = torch.zeros(2, 9)
+    bias[0, 4] = math.inf  # the centre, which every window has
+    output, lse = localattn.local_attention(query, key, value, 3, bias=bias, return_lse=True)
+    assert output[..., 0, :].isnan().all()
+    assert (lse[..., 0] == math.inf).all()
+    gradients = torch.autograd.grad(output.sum(), (query, key, value))
+    for got in (output, lse.unsqueeze(-1), *gradients):
+        assert got[..., 1, :].isfinite().all()
+    assert all(g[..., 0, :].isnan().all() for g in gradients)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 def test_not_finite_numbers_stay_in_their_windows(bad, where, variant):
@@ -170,9 +184,7 @@ def test_not_finite_numbers_stay_in_their_windows(bad, where, variant):
     torch.testing.assert_close(got[~touched], clean[~touched])
     expected, expected_lse = localattn.reference.local_attention(**tensors, kernel_size=5, return_lse=True)
     torch.testing.assert_close(got, expected, equal_nan=True)
-    finite = expected_lse.isfinite()
-    torch.testing.assert_close(lse[finite], expected_lse[finite])
-    assert not lse[~finite].isfinite().any()
+    torch.testing.assert_close(lse, expected_lse, equal_nan=True)
 
 
 def test_large_scores_do_not_overflow(variant):
