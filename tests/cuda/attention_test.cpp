@@ -166,21 +166,34 @@ struct Trial {
     brute_force::Results expected;
 };
 
-// Half of the problems have the layout, widths and types that tiled variants take, and half of those the plain window.
-void draw(Random &random, Trial &t) {
-    const bool tiled = chance(random, 0.5), plain = tiled && chance(random, 0.5);
+// What tells the instantiations of the tiled kernels apart.
+struct Tile {
+    Dtype dtype;
+    int width;  // a multiple of 8 channels up to this, and more than the tile below takes
+};
+constexpr Tile tiles[] = {{Dtype::float32, 32},  {Dtype::float32, 64},  {Dtype::float32, 128}, {Dtype::float32, 256},
+                          {Dtype::float16, 32},  {Dtype::float16, 64},  {Dtype::float16, 128}, {Dtype::bfloat16, 32},
+                          {Dtype::bfloat16, 64}, {Dtype::bfloat16, 128}};
+constexpr size_t tile_count = sizeof tiles / sizeof *tiles;
+
+// Half of the problems have the layout, widths and types that tiled variants take, every tile in turn, and half of
+// those the plain window.
+void draw(Random &random, Trial &t, unsigned seed) {
+    const bool tiled = seed % 2, plain = tiled && chance(random, 0.5);
     brute_force::Shape &s = t.shape;
     const int rank = tiled ? 2 - chance(random, 0.1) : pick(random, 1, 3);
-    const Dtype dtype = tiled ? Dtype(pick(random, 0, 9) < 3 ? 0 : pick(random, 2, 3)) : Dtype(pick(random, 0, 3));
+    const Tile &tile = tiles[seed / 2 % tile_count];
+    const Dtype dtype = tiled ? tile.dtype : Dtype(pick(random, 0, 3));
     const char border = plain ? 'm' : "mzs"[pick(random, 0, 2)];
     s.raster = !tiled && border != 's' && chance(random, 0.15);
     s.batch = pick(random, 1, 2);
     s.kv_heads = pick(random, 1, 2);
     s.heads = s.kv_heads * (chance(random, 0.3) ? 2 : 1);
-    constexpr int widths[] = {8, 16, 32, 32, 40, 64, 64, 72, 128};
-    s.channels = tiled ? widths[pick(random, 0, 8)] : pick(random, 1, chance(random, 0.05) ? 300 : 40);
+    const int least = tile.width > 32 ? tile.width / 2 + 8 : 8;
+    const auto some_width = [&] { return pick(random, least / 8, tile.width / 8) * 8; };
+    s.channels = tiled ? some_width() : pick(random, 1, chance(random, 0.05) ? 300 : 40);
     s.value_channels = chance(random, 0.7) ? s.channels
-                       : tiled             ? widths[pick(random, 0, 8)]
+                       : tiled             ? some_width()
                                            : pick(random, 1, chance(random, 0.05) ? 300 : 40);
     const int longest = tiled ? (rank == 1 ? 60 : 14) : rank == 1 ? 30 : rank == 2 ? 8 : 5;
     const int widest = tiled ? (chance(random, 0.2) ? 21 : 9) : rank == 1 ? 9 : rank == 2 ? 5 : 3;
@@ -200,7 +213,7 @@ void draw(Random &random, Trial &t) {
     if (!tiled && chance(random, 0.03)) s.axis[2].queries = 0;
     if (!tiled && chance(random, 0.03)) s.axis[2].keys = 0;
     constexpr double scales[] = {0.3, 0, -0.5};
-    s.scale = chance(random, tiled ? 0.05 : 0.2) ? scales[pick(random, 0, 2)] : 1 / std::sqrt(double(s.channels));
+    s.scale = chance(random, 0.2) ? scales[pick(random, 0, 2)] : 1 / std::sqrt(double(s.channels));
 
     const int b = s.batch, q0 = s.axis[0].queries, q1 = s.axis[1].queries, q2 = s.axis[2].queries, h = s.heads;
     const int k0 = s.axis[0].keys, k1 = s.axis[1].keys, k2 = s.axis[2].keys;
@@ -483,22 +496,33 @@ int main(int argc, char **argv) {
         const unsigned seed = first_seed + unsigned(i);
         Random random(seed);
         Trial trial;
-        draw(random, trial);
+        draw(random, trial, seed);
         for (int32_t v = 0; v < cuda::variant_count; v++) {
             const cuda::Variant &variant = *cuda::variants[v];
             if (only && std::strcmp(only, variant.name) != 0) continue;
             if (device.capability < variant.capability) continue;
             const bool forward = !variant.declines(trial.problem, Pass::forward, device);
             const bool backward = !variant.declines(trial.problem, Pass::backward, device);
-            taken[std::string(variant.name) + " forward"] += forward;
-            taken[std::string(variant.name) + " backward"] += backward;
+            const int widest = std::max(trial.shape.channels, trial.shape.value_channels);
+            for (const Tile &tile : tiles) {
+                if (v == cuda::variant_count - 1 || tile.dtype != trial.problem.dtype) continue;
+                if (widest > tile.width || (tile.width > 32 && widest <= tile.width / 2)) continue;
+                const std::string name = std::string(name_of(tile.dtype)) + " up to " + std::to_string(tile.width);
+                taken[name + " forward"] += forward;
+                taken[name + " backward"] += backward;
+            }
             check(variant, trial, seed, forward, backward);
         }
     }
     check_containment(*cuda::variants[cuda::variant_count - 1]);
     for (const auto &[name, error] : worst_seen)
         std::printf("  worst %-50s %.3f of what is allowed\n", name.c_str(), error);
-    for (const auto &[name, count] : taken) std::printf("  %s took %d\n", name.c_str(), count);
+    for (const auto &[name, count] : taken) {
+        std::printf("  tiled kernels computed %d of %s\n", count, name.c_str());
+        if (count || problems < 100 || only) continue;
+        std::printf("FAIL no problem of this kind\n");
+        failures++;
+    }
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

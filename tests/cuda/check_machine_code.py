@@ -20,7 +20,7 @@ import sys
 # Kernel -> instructions it must hold: product, load from shared memory, asynchronous copy.
 PIPELINE = ("HMMA", "LDSM", "LDGSTS")
 FAST = {f"tensor_core_{name}": PIPELINE for name in ("forward", "grad_query", "grad_key")}
-FAST["simt_forward"] = ("FFMA", "LDS", "LDGSTS")
+FAST |= {f"simt_{name}": ("FFMA", "LDS", "LDGSTS") for name in ("forward", "grad_query", "grad_key")}
 
 
 def find_cuobjdump(given):

@@ -1,69 +1,15 @@
 // Gradients of 2D local attention on tensor cores, for 16-bit floats; the same problems as tensor_core_forward.h.
-// Device and launches: arch/sm80.cu.
-//
-// The scores are computed again, so nothing of the size of the windows is ever stored. Three kernels, no atomics:
-//   fill_statistics         per query: log-sum-exp in base 2, and delta = dot(grad_output, output) - grad_lse
-//   tensor_core_grad_query  tiles of queries, keys and values stream by:  grad_query += dS K
-//   tensor_core_grad_key    tiles of keys, queries and grad_outputs stream by, over the transposed window and the query
-//                           heads that share the key:  grad_value += P' dO,  grad_key += dS' Q
-// with P = exp(S - lse), dS = P (dO V' - delta).
+// Device and launches: arch/sm80.cu. The plan of the backward: gradients.h.
 #pragma once
-#include "pair.h"
+#include "gradients.h"
 #include "tensor_core_tiles.h"
 
 namespace localattn::cuda {
 
-struct Statistics {
-    float lse_log2, delta;
-};
-
-constexpr int statistics_threads = 256;
-
-struct StatisticsArguments {
-    Problem problem;
-    Statistics *statistics;  // in the order of query_index
-};
-
-template <class T>
-GPU_KERNEL void GPU_BOUNDS(statistics_threads, 1) fill_statistics(GPU_ARGUMENT StatisticsArguments arguments) {
-    const Problem &p = arguments.problem;
-    constexpr int warps = statistics_threads / warp_size;
-    const int64_t queries = query_count(p), step = int64_t(grid_extent().x) * warps;
-    for (int64_t index = int64_t(block_index().x) * warps + thread_index() / warp_size; index < queries;
-         index += step) {
-        Place place = {0, index % p.heads, {0, 0, 0}};
-        int64_t rest = index / p.heads;
-        place.at[2] = rest % p.axis[2].queries;
-        rest /= p.axis[2].queries;
-        place.at[1] = rest % p.axis[1].queries;
-        place.batch = rest / p.axis[1].queries;
-        float delta = dot(row_of<const T>(p.grad_output, place), p.grad_output.channel,
-                          row_of<const T>(p.output, place), p.output.channel, p.value_channels);
-        if (p.grad_lse.data) delta -= *row_of<const float>(p.grad_lse, place);
-        // A query that sees nothing: +infinity makes its weights 0.
-        const float lse = *row_of<const float>(p.lse, place);
-        if (lane_index() == 0) arguments.statistics[index] = {lse == -INFINITY ? INFINITY : lse * log2_of_e, delta};
-    }
-}
-
-// `rows` and `columns` tile the queries in tensor_core_grad_query, the keys in tensor_core_grad_key.
-template <class T>
-struct GradientArguments {
-    const T *query, *key, *value, *grad_output;
-    T *grad_query, *grad_key, *grad_value;  // of the last two, either may be NULL
-    View query_view, key_view, value_view, grad_output_view, grad_query_view, grad_key_view, grad_value_view;
-    const Statistics *statistics;
-    TileAxis rows, columns;
-    int32_t heads, heads_a_key;
-    int32_t channels, value_channels;
-    int32_t stage_columns;
-    float scale;
-};
-
 // Two rows of products, scores and by_weight, become what the pairs give to the gradients.
 GPU_FUNCTION void to_gradients(float (&score)[2][4], float (&by_weight)[2][4], int n, int i, float scale_log2,
                                Statistics of) {
-    const float weight = fast_exp2(score[n][i] * scale_log2 - of.lse_log2);
+    const float weight = fast_exp2(score[n][i] * scale_log2 - of.lse);
     score[n][i] = weight;
     by_weight[n][i] = weight * (by_weight[n][i] - of.delta);
 }
@@ -120,7 +66,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
     const Statistics *image_statistics =
         a.statistics + (int64_t(block.batch) * a.rows.queries * a.columns.queries * a.heads + block.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
-        load_fragments<C>(query[p], query_head, a.query_view, a.rows, a.columns, rows, columns, warp, p, a.channels);
+        load_fragments<C>(query[p], query_head, a.query_view, a.rows, a.columns, rows, columns, warp, p, a.channels,
+                          a.flip);
         load_fragments<C>(grad_output[p], grad_head, a.grad_output_view, a.rows, a.columns, rows, columns, warp, p,
                           a.value_channels);
         clear(sum[p]);
@@ -167,7 +114,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
                     if (!window.rows_common || !all_see(column_box[p], column)) window.mask(score[p], p, column);
                     GPU_UNROLL_FOR (int n = 0; n < 2; ++n)
                         GPU_UNROLL_FOR (int i = 0; i < 4; ++i)
-                            to_gradients(score[p], by_weight[p], n, i, a.scale * log2_of_e, statistics[p][i / 2]);
+                            to_gradients(score[p], by_weight[p], n, i, fabsf(a.scale) * log2_of_e,
+                                         statistics[p][i / 2]);
                     pack_fragment<T>(by_score[p], by_weight[p]);
                 }
                 GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
@@ -202,53 +150,19 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
     const WarpTile<C> warp(rows, columns);
-    const int first_row = rows.range(a.rows, 0).begin, end_row = rows.range(a.rows, C::query_rows - 1).end;
     const int first_column = columns.range(a.columns, 0).begin;
-    const int head_stages = (end_row - first_row + C::stage_rows - 1) / C::stage_rows;
-    const int stages = head_stages * a.heads_a_key;
     const Box row_box(a.rows, rows, warp.row);
     Box column_box[1];
     LaneWindow<C> window;
     warp.find_windows(a.rows, a.columns, rows, columns, column_box, window);
 
-    const int unit = Loader<C, T>::unit();
-    const Loader<C, T> loader = {
-        {a.query, a.query_view, block.batch, 0, a.rows, a.columns, rows, columns, unit, a.channels},
-        {a.grad_output, a.grad_output_view, block.batch, 0, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys,
-        columns.keys,
-        first_column,
-        columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
-    const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
-    const SharedAddress statistics_bytes = SharedAddress(a.stage_columns * C::stage_rows * int(sizeof(Statistics)));
-    const SharedAddress statistics = memory + 2 * stage_bytes;
-    const Statistics *image_statistics = a.statistics + int64_t(block.batch) * a.rows.keys * a.columns.keys * a.heads;
-    const auto load = [&](int stage) {
-        const int head = block.head * a.heads_a_key + stage / head_stages;
-        const int row = first_row + C::stage_rows * (stage % head_stages);
-        Loader<C, T> of_head = loader;
-        of_head.first.tensor += head * a.query_view.head;
-        of_head.second.tensor += head * a.grad_output_view.head;
-        of_head.load(memory + SharedAddress(stage % 2) * stage_bytes, row);
-        const SharedAddress to = statistics + SharedAddress(stage % 2) * statistics_bytes;
-        for (int slot = thread_index(); slot < loader.slots(); slot += C::threads) {
-            const int slot_row = row + slot % C::stage_rows, slot_column = first_column + slot / C::stage_rows;
-            Statistics of = {INFINITY, 0};
-            if (loader.inside(slot_row, slot_column))
-                of = image_statistics[((rows.residue + a.rows.dilation * slot_row) * a.columns.keys + columns.residue +
-                                       a.columns.dilation * slot_column) *
-                                          a.heads +
-                                      head];
-            store_shared_number(to + SharedAddress(slot * int(sizeof(Statistics))), of.lse_log2);
-            store_shared_number(to + SharedAddress(slot * int(sizeof(Statistics))) + 4, of.delta);
-        }
-    };
-    if (stages > 0) load(0);
+    const QueryStages<C, T> stages(a, block, rows, columns);
+    if (stages.count > 0) stages.load(0);
 
     uint32_t key[C::width / 16][4], value[C::width / 16][4];
     float key_sum[C::width / 8][4], value_sum[C::width / 8][4];
     load_fragments<C>(key, a.key + (block.batch * a.key_view.batch + block.head * a.key_view.head), a.key_view, a.rows,
-                      a.columns, rows, columns, warp, 0, a.channels);
+                      a.columns, rows, columns, warp, 0, a.channels, a.flip);
     if constexpr (with_key)
         load_fragments<C>(value, a.value + (block.batch * a.value_view.batch + block.head * a.value_view.head),
                           a.value_view, a.rows, a.columns, rows, columns, warp, 0, a.value_channels);
@@ -256,22 +170,15 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
     clear(value_sum);
 
     const int begin = column_box[0].all.begin, end = column_box[0].all.end;
-    for (int stage = 0; stage < stages; ++stage) {
-        const int stage_row = first_row + C::stage_rows * (stage % head_stages);
-        if (stage + 1 < stages) {
-            load(stage + 1);
-            copy_wait<1>();
-        } else {
-            copy_wait<0>();
-        }
-        synchronize();
+    for (int stage = 0; stage < stages.count; ++stage) {
+        const int stage_row = stages.row_of_stage(stage);
+        stages.advance(stage);
         if (warp.works && stage_row < row_box.all.end && stage_row + C::stage_rows > row_box.all.begin) {
             window.enter_stage(stage_row, row_box);
-            const SharedAddress queries = memory + SharedAddress(stage % 2) * stage_bytes;
-            const ChunkReader<C> reader(queries, 4 * (begin - first_column));
+            const SharedAddress second_at = stages.loader.second_at();
+            const ChunkReader<C> reader(stages.queries_at(stage), 4 * (begin - first_column));
             const SharedAddress lane_statistics =
-                statistics + SharedAddress(stage % 2) * statistics_bytes +
-                SharedAddress((4 * (begin - first_column) + lane_index() % 4 * 2) * int(sizeof(Statistics)));
+                stages.statistics_at(stage, 4 * (begin - first_column) + lane_index() % 4 * 2);
             for (int column = begin; column < end; column += 4) {
                 const SharedAddress offset = SharedAddress((column - begin) / 4 * ChunkReader<C>::chunk_bytes);
                 float score[2][4] = {}, by_weight[2][4] = {};
@@ -281,7 +188,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
                     multiply_add(T(), score[0], key[d], query[0], query[1]);
                     multiply_add(T(), score[1], key[d], query[2], query[3]);
                     if constexpr (with_key) {
-                        reader.read(grad, offset + loader.second_at(), d);
+                        reader.read(grad, offset + second_at, d);
                         multiply_add(T(), by_weight[0], value[d], grad[0], grad[1]);
                         multiply_add(T(), by_weight[1], value[d], grad[2], grad[3]);
                     }
@@ -291,9 +198,9 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
                     GPU_UNROLL_FOR (int b = 0; b < 2; ++b) {
                         const SharedAddress at = lane_statistics + SharedAddress((4 * (column - begin) + 8 * n + b) *
                                                                                  int(sizeof(Statistics)));
-                        const Statistics of = {load_shared_number<float>(at), load_shared_number<float>(at + 4)};
+                        const Statistics of = load_statistics(at);
                         GPU_UNROLL_FOR (int r = 0; r < 2; ++r)
-                            to_gradients(score, by_weight, n, 2 * r + b, a.scale * log2_of_e, of);
+                            to_gradients(score, by_weight, n, 2 * r + b, fabsf(a.scale) * log2_of_e, of);
                     }
                 uint32_t weight[4], by_score[4];
                 pack_fragment<T>(weight, score);
@@ -301,7 +208,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
                 GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                     uint32_t query[4], grad[4];
                     if constexpr (with_value) {
-                        reader.read_transposed(grad, offset + loader.second_at(), d);
+                        reader.read_transposed(grad, offset + second_at, d);
                         multiply_add(T(), value_sum[2 * d], weight, grad[0], grad[1]);
                         multiply_add(T(), value_sum[2 * d + 1], weight, grad[2], grad[3]);
                     }

@@ -18,7 +18,8 @@ struct ForwardArguments {
     int32_t heads, heads_a_key;
     int32_t channels, value_channels;
     int32_t stage_columns;  // that fit a stage in shared memory
-    float scale;            // > 0
+    float scale;            // its magnitude; the sign is in:
+    uint32_t flip;          // the sign bits of a pair, or 0
 };
 
 template <class C>
@@ -139,7 +140,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
     Accumulators<C> state;
     const T *query = a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
-        load_fragments<C>(state.query[p], query, a.query_view, a.rows, a.columns, rows, columns, warp, p, a.channels);
+        load_fragments<C>(state.query[p], query, a.query_view, a.rows, a.columns, rows, columns, warp, p, a.channels,
+                          a.flip);
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             state.top[p][r] = -INFINITY;
             state.sum[p][r] = 0;

@@ -143,18 +143,20 @@ struct LanePlace {
     }
 };
 
-// The patch's rows of a tensor as the left operand of products over channels; zeros where there is no place or channel.
+// The patch's rows of a tensor as the left operand of products over channels, with `flip` exclusive-or-ed into each
+// pair; zeros where there is no place or channel.
 template <class C, class T>
 GPU_FUNCTION void load_fragments(uint32_t (&fragments)[C::width / 16][4], const T *head, const View &view,
                                  const TileAxis &row_axis, const TileAxis &column_axis, const Section &rows,
-                                 const Section &columns, const WarpTile<C> &warp, int patch, int channels) {
+                                 const Section &columns, const WarpTile<C> &warp, int patch, int channels,
+                                 uint32_t flip = 0) {
     GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
         const LanePlace place(rows, columns, warp.row, warp.column, patch, r);
         const T *from = head + place.offset(view, row_axis, column_axis, rows, columns);
         GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d)
             GPU_UNROLL_FOR (int h = 0; h < 2; ++h) {
                 const int channel = 16 * d + 8 * h + lane_index() % 4 * 2;
-                fragments[d][r + 2 * h] = place.exists && channel < channels ? load_pair(from + channel) : 0;
+                fragments[d][r + 2 * h] = place.exists && channel < channels ? load_pair(from + channel) ^ flip : 0;
             }
     }
 }

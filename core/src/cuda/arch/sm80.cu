@@ -1,10 +1,11 @@
 // Tensor cores from compute capability 8.0: launches of the tiled kernels, and the table of their tiles.
+#include <cmath>
 #include <type_traits>
 
 #include "../tensor_core_backward.h"
 #include "../tensor_core_forward.h"
 #include "../variant.h"
-#include "tiled.h"
+#include "tiled_backward.h"
 
 namespace localattn::cuda {
 
@@ -34,38 +35,20 @@ auto with_width(const Problem &p, Visit visit) {
     return visit(std::integral_constant<int, 128>());
 }
 
-// And so many query columns see the keys of a tile; where windows are shifted inwards, those near the border are seen
-// by half a kernel more.
-template <class C>
-int64_t query_columns(const Axis &x) {
-    const int64_t centres = C::query_columns + x.kernel + x.stride + (x.border == Border::shift ? x.kernel / 2 : 0);
-    const int64_t bound = x.dilation > 1 ? centres : (centres * x.queries + x.keys - 1) / x.keys + 1;
-    const int64_t longest = (x.queries + x.dilation - 1) / x.dilation;
-    return (bound < longest ? bound : longest) + C::spare_columns;
-}
-
-template <class C>
-int64_t grad_key_bytes(int64_t columns) {
-    return C::shared_bytes(columns) + 2 * columns * C::stage_rows * int64_t(sizeof(Statistics));
-}
-
-// The most shared memory that a kernel of the pass asks for.
 int64_t shared_bytes(const Problem &p, Pass pass) {
-    return with_width(p, [&](auto width) -> int64_t {
-        using Forward = ForwardTile<decltype(width)::value>;
-        using GradQuery = GradQueryTile<decltype(width)::value>;
-        using GradKey = GradKeyTile<decltype(width)::value>;
-        const Axis &x = p.axis[2];
-        if (pass == Pass::forward) return Forward::shared_bytes(key_columns<Forward>(x));
-        const int64_t query = GradQuery::shared_bytes(key_columns<GradQuery>(x));
-        const int64_t key = grad_key_bytes<GradKey>(query_columns<GradKey>(x));
-        return query > key ? query : key;
+    return with_width(p, [&](auto width) {
+        constexpr int w = decltype(width)::value;
+        return cuda::shared_bytes<ForwardTile<w>, GradQueryTile<w>, GradKeyTile<w>>(p, pass);
     });
 }
+
+// Negates a pair of 16-bit floats if the scale is negative.
+uint32_t flip_for(const Problem &p) { return p.scale < 0 ? 0x80008000u : 0; }
 
 const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (p.dtype != Dtype::float16 && p.dtype != Dtype::bfloat16) return "computes float16 and bfloat16 only";
     if (const char *reason = declines_window(p)) return reason;
+    if (p.scale == 0) return "the scale must not be 0";
     if (p.has_bias() || p.wants_bias_gradient()) return "takes no bias";
     if (p.channels > 128 || p.value_channels > 128) return "computes at most 128 channels a head";
     if (p.channels % 8 || p.value_channels % 8) return "channels must be a multiple of 8";
@@ -86,49 +69,6 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
     return nullptr;
 }
 
-// Device memory: ranges of the queries, for the backward those of the keys, and the queries' statistics.
-struct Workspace {
-    Range *query[2], *key[2];
-    Statistics *statistics;
-    size_t bytes;
-
-    Workspace(const Problem &p, Pass pass, void *memory) {
-        static_assert(sizeof(Range) == 8 && sizeof(Statistics) == 8, "one follows the other without gaps");
-        const Axis &rows = p.axis[1], &columns = p.axis[2];
-        int64_t count = 0;
-        const auto take = [&](int64_t items) {
-            void *at = static_cast<char *>(memory) + 8 * count;
-            count += items;
-            return at;
-        };
-        query[0] = static_cast<Range *>(take(rows.queries));
-        query[1] = static_cast<Range *>(take(columns.queries));
-        const bool backward = pass == Pass::backward;
-        key[0] = static_cast<Range *>(take(backward ? rows.keys : 0));
-        key[1] = static_cast<Range *>(take(backward ? columns.keys : 0));
-        statistics = static_cast<Statistics *>(take(backward ? p.batch * rows.queries * columns.queries * p.heads : 0));
-        bytes = size_t(8 * count);
-    }
-};
-
-size_t workspace(const Problem &p, Pass pass) {
-    alignas(8) static char nowhere[8];  // only the sizes matter
-    return Workspace(p, pass, nowhere).bytes;
-}
-
-const char *prepare_ranges(const Problem &p, Pass pass, const Workspace &w, void *stream) {
-    const Axis &rows = p.axis[1], &columns = p.axis[2];
-    const char *error = launch_ranges(p, w.query[0], w.query[1], stream);
-    if (error || pass == Pass::forward) return error;
-    const KeyRangeArguments keys = {{int32_t(rows.queries), int32_t(columns.queries)},
-                                    {int32_t(rows.keys), int32_t(columns.keys)},
-                                    {int32_t(rows.dilation), int32_t(columns.dilation)},
-                                    {w.query[0], w.query[1]},
-                                    {w.key[0], w.key[1]}};
-    const int64_t most_keys = rows.keys > columns.keys ? rows.keys : columns.keys;
-    return launch(fill_key_ranges, blocks_for(most_keys, range_threads), range_threads, 0, stream, keys);
-}
-
 template <int width, class T>
 const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
     using C = ForwardTile<width>;
@@ -143,62 +83,36 @@ const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
     a.heads = int32_t(p.heads), a.heads_a_key = int32_t(p.heads / p.kv_heads);
     a.channels = int32_t(p.channels), a.value_channels = int32_t(p.value_channels);
     a.stage_columns = int32_t(key_columns<C>(columns));
-    a.scale = float(p.scale);
+    a.scale = float(std::fabs(p.scale));
+    a.flip = flip_for(p);
     return launch(tensor_core_forward<C, T>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
                   size_t(C::shared_bytes(a.stage_columns)), stream, a);
 }
 
 template <int width, class T>
 const char *run_backward(const Problem &p, const Workspace &w, void *stream) {
-    const StatisticsArguments statistics = {p, w.statistics};
-    const int64_t queries = p.batch * p.axis[1].queries * p.axis[2].queries * p.heads;
-    const char *error = launch(fill_statistics<T>, blocks_for(queries, statistics_threads / warp_size),
-                               statistics_threads, 0, stream, statistics);
-    if (error) return error;
-
-    const Axis &rows = p.axis[1], &columns = p.axis[2];
-    GradientArguments<T> a{};
-    a.query = pointer<const T>(p.query), a.key = pointer<const T>(p.key), a.value = pointer<const T>(p.value);
-    a.grad_output = pointer<const T>(p.grad_output);
-    a.grad_query = pointer<T>(p.grad_query), a.grad_key = pointer<T>(p.grad_key),
-    a.grad_value = pointer<T>(p.grad_value);
-    a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
-    a.grad_output_view = view_of(p.grad_output), a.grad_query_view = view_of(p.grad_query);
-    a.grad_key_view = view_of(p.grad_key), a.grad_value_view = view_of(p.grad_value);
-    a.statistics = w.statistics;
-    a.heads = int32_t(p.heads), a.heads_a_key = int32_t(p.heads / p.kv_heads);
-    a.channels = int32_t(p.channels), a.value_channels = int32_t(p.value_channels);
-    a.scale = float(p.scale);
+    GradientArguments<T> a = gradient_arguments<T>(p, w);
+    a.flip = flip_for(p);
+    const char *error = nullptr;
     if (a.grad_query) {
         using C = GradQueryTile<width>;
-        a.rows = tile_axis(rows.queries, rows.keys, rows.dilation, C::query_rows, w.query[0]);
-        a.columns = tile_axis(columns.queries, columns.keys, columns.dilation, C::query_columns, w.query[1]);
-        a.stage_columns = int32_t(key_columns<C>(columns));
-        error = launch(tensor_core_grad_query<C, T>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                       size_t(C::shared_bytes(a.stage_columns)), stream, a);
+        error = launch_over_queries<C>(tensor_core_grad_query<C, T>, p, w, a, stream);
     }
-    if (!error && (a.grad_key || a.grad_value)) {
-        using C = GradKeyTile<width>;
-        a.rows = tile_axis(rows.keys, rows.queries, rows.dilation, C::query_rows, w.key[0]);
-        a.columns = tile_axis(columns.keys, columns.queries, columns.dilation, C::query_columns, w.key[1]);
-        a.stage_columns = int32_t(query_columns<C>(columns));
-        const Extent3 grid = grid_of(a.rows, a.columns, p.batch * p.kv_heads);
-        const size_t bytes = size_t(grad_key_bytes<C>(a.stage_columns));
-        if constexpr (width < 128) {
-            error = launch(tensor_core_grad_key<C, T, true, true>, grid, C::threads, bytes, stream, a);
-        } else {
-            if (a.grad_key) error = launch(tensor_core_grad_key<C, T, true, false>, grid, C::threads, bytes, stream, a);
-            if (!error && a.grad_value)
-                error = launch(tensor_core_grad_key<C, T, false, true>, grid, C::threads, bytes, stream, a);
-        }
+    if (error || !(a.grad_key || a.grad_value)) return error;
+    using C = GradKeyTile<width>;
+    if constexpr (width < 128) {
+        return launch_over_keys<C>(tensor_core_grad_key<C, T, true, true>, p, w, a, stream);
+    } else {
+        if (a.grad_key) error = launch_over_keys<C>(tensor_core_grad_key<C, T, true, false>, p, w, a, stream);
+        if (error || !a.grad_value) return error;
+        return launch_over_keys<C>(tensor_core_grad_key<C, T, false, true>, p, w, a, stream);
     }
-    return error;
 }
 
 template <class T>
 const char *run_typed(const Problem &p, Pass pass, void *stream, void *memory) {
     const Workspace w(p, pass, memory);
-    if (const char *error = prepare_ranges(p, pass, w, stream)) return error;
+    if (const char *error = prepare<T>(p, pass, w, stream)) return error;
     return with_width(p, [&](auto width) {
         constexpr int channels = decltype(width)::value;
         return pass == Pass::forward ? run_forward<channels, T>(p, w, stream) : run_backward<channels, T>(p, w, stream);
@@ -214,6 +128,6 @@ const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
 
 extern const Variant sm80_variant;
 const Variant sm80_variant = {
-    "cuda_sm80", "tensor cores, float16 and bfloat16, from compute capability 8.0", 80, declines, workspace, run};
+    "cuda_sm80", "tensor cores, float16 and bfloat16, from compute capability 8.0", 80, declines, workspace_bytes, run};
 
 }  // namespace localattn::cuda

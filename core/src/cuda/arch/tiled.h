@@ -1,5 +1,7 @@
 // What the launches of the tiled kernels have in common: which windows and tensors they take, and their arguments.
 #pragma once
+#include <cmath>
+
 #include "../stages.h"
 #include "../variant.h"
 
@@ -39,7 +41,7 @@ inline const char *declines_window(const Problem &p) {
         return "takes no empty maps";
     if (p.raster) return "a raster-causal window is no rectangle";
     if (p.key_mask.data) return "takes no key mask";
-    if (!(p.scale > 0 && p.scale < 1e30)) return "the scale must be positive";
+    if (!(std::fabs(p.scale) < 1e30)) return "the scale must be less than 1e30";
     for (const Axis *x : {&rows, &columns})
         if (x->dilation > 1 && x->queries != x->keys) return "dilation needs as many queries as keys";
     return nullptr;
