@@ -17,6 +17,16 @@ int64_t key_columns(const Axis &x) {
     return (x.border == Border::zero || bound < longest ? bound : longest) + C::spare_columns;
 }
 
+// And so many query columns see the keys of a tile of keys; where windows are shifted inwards, those near the border
+// are seen by half a kernel more.
+template <class C>
+int64_t query_columns(const Axis &x) {
+    const int64_t centres = C::query_columns + x.kernel + x.stride + (x.border == Border::shift ? x.kernel / 2 : 0);
+    const int64_t bound = x.dilation > 1 ? centres : (centres * x.queries + x.keys - 1) / x.keys + 1;
+    const int64_t longest = (x.queries + x.dilation - 1) / x.dilation;
+    return (bound < longest ? bound : longest) + C::spare_columns;
+}
+
 // Are the channels contiguous, and is every row of them aligned to `elements` elements of `size` bytes?
 template <class OneProblem>
 bool unit_aligned(const OneProblem &p, const Tensor &t, int64_t elements, int64_t size) {
@@ -94,6 +104,18 @@ inline const char *launch_ranges(const Problem &p, Range *rows, Range *columns, 
     const RangeArguments arguments = {{p.axis[1], p.axis[2]}, {rows, columns}};
     const int64_t longest = p.axis[1].queries > p.axis[2].queries ? p.axis[1].queries : p.axis[2].queries;
     return launch(fill_ranges, blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
+}
+
+inline const char *launch_key_ranges(const Problem &p, Range *const (&queries)[2], Range *const (&keys)[2],
+                                     void *stream) {
+    const Axis &rows = p.axis[1], &columns = p.axis[2];
+    const KeyRangeArguments arguments = {{int32_t(rows.queries), int32_t(columns.queries)},
+                                         {int32_t(rows.keys), int32_t(columns.keys)},
+                                         {int32_t(rows.dilation), int32_t(columns.dilation)},
+                                         {queries[0], queries[1]},
+                                         {keys[0], keys[1]}};
+    const int64_t longest = rows.keys > columns.keys ? rows.keys : columns.keys;
+    return launch(fill_key_ranges, blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
 }
 
 }  // namespace localattn::cuda

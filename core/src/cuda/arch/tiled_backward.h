@@ -5,16 +5,6 @@
 
 namespace localattn::cuda {
 
-// At most so many query columns see the keys of a tile; where windows are shifted inwards, those near the border are
-// seen by half a kernel more.
-template <class C>
-int64_t query_columns(const Axis &x) {
-    const int64_t centres = C::query_columns + x.kernel + x.stride + (x.border == Border::shift ? x.kernel / 2 : 0);
-    const int64_t bound = x.dilation > 1 ? centres : (centres * x.queries + x.keys - 1) / x.keys + 1;
-    const int64_t longest = (x.queries + x.dilation - 1) / x.dilation;
-    return (bound < longest ? bound : longest) + C::spare_columns;
-}
-
 template <class C>
 int64_t grad_key_bytes(int64_t columns) {
     return C::shared_bytes(columns) + 2 * columns * C::stage_rows * int64_t(sizeof(Statistics));
@@ -66,13 +56,7 @@ const char *prepare(const Problem &p, Pass pass, const Workspace &w, void *strea
     const Axis &rows = p.axis[1], &columns = p.axis[2];
     const char *error = launch_ranges(p, w.query[0], w.query[1], stream);
     if (error || pass == Pass::forward) return error;
-    const KeyRangeArguments keys = {{int32_t(rows.queries), int32_t(columns.queries)},
-                                    {int32_t(rows.keys), int32_t(columns.keys)},
-                                    {int32_t(rows.dilation), int32_t(columns.dilation)},
-                                    {w.query[0], w.query[1]},
-                                    {w.key[0], w.key[1]}};
-    const int64_t most_keys = rows.keys > columns.keys ? rows.keys : columns.keys;
-    error = launch(fill_key_ranges, blocks_for(most_keys, range_threads), range_threads, 0, stream, keys);
+    error = launch_key_ranges(p, w.query, w.key, stream);
     if (error) return error;
     const StatisticsArguments statistics = {p, w.statistics};
     const int64_t queries = p.batch * rows.queries * columns.queries * p.heads;
