@@ -200,6 +200,16 @@ std::tuple<std::string, std::string> attention_variant(
     const OptionalTensor &key_mask, bool backward) {
     Attention problem(query, key, value, kernel_size, stride, dilation, is_causal, raster_causal, border, scale,
                       {bias, rel_pos_bias, axis_bias_0, axis_bias_1, axis_bias_2}, key_mask);
+    // As the passes allocate them: variants may care for layouts.
+    const std::array<Tensor, 4> results = {empty_ordered_as(query, value.size(-1)),
+                                           empty_ordered_as(query, query.size(-1)), empty_ordered_as(key, key.size(-1)),
+                                           empty_ordered_as(value, value.size(-1))};
+    problem.params.output = problem.params.grad_output = described(results[0], Axes::batch_spatial_head_channel);
+    if (backward) {
+        problem.params.grad_query = described(results[1], Axes::batch_spatial_head_channel);
+        problem.params.grad_key = described(results[2], Axes::batch_spatial_head_channel);
+        problem.params.grad_value = described(results[3], Axes::batch_spatial_head_channel);
+    }
     const Context context(query.device());
     const char *name = nullptr;
     char report[4096];

@@ -252,8 +252,9 @@ GPU_FUNCTION float fast_reciprocal(float x) { return 1 / x; }
 
 // Runs every block of the grid, one after another. Returns NULL; misuse of the machine is thrown (emulation::Misuse).
 template <class Argument>
-const char *launch(void (*kernel)(Argument), Extent3 grid, int threads, size_t shared_bytes, void *,
+const char *launch(void (*kernel)(Argument), Extent3 grid, int threads, size_t shared_bytes, void *stream,
                    const std::remove_const_t<Argument> &argument) {
+    emulation::last_launch = {stream, emulation::current_device};
     emulation::Machine machine(threads, shared_bytes);
     const std::function<void()> body = [&] { kernel(argument); };
     for (int32_t z = 0; z < grid.z; z++)

@@ -48,6 +48,9 @@ localattn_switch_fiber:
 
 namespace localattn::gpu::emulation {
 
+Launch last_launch;
+int32_t current_device = 0;
+
 struct FiberContext {
 #if LOCALATTN_ASM_SWITCH
     void *stack_pointer = nullptr;

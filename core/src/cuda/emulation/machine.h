@@ -25,6 +25,14 @@ struct Misuse : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// Where kernels run, for tests of what calls them: devices and streams make no difference here.
+struct Launch {
+    void *stream = nullptr;
+    int32_t device = 0;
+};
+extern Launch last_launch;
+extern int32_t current_device;
+
 struct Copy {
     SharedAddress to;
     const void *from;
