@@ -5,9 +5,12 @@
 #   make demo TORCH=2.10.0                    another torch
 #   make demo TORCH_INDEX=URL                 torch from another index, such as PyTorch's own of CPU builds, which
 #                                             spares the download of CUDA libraries
+#   make wheel CUDA=cu130 TORCH=2.11.0        localattn_cu130-...+torch2.11-...whl, with the nvcc that CUDACXX names
+#   make wheel TORCH="2.4.1 2.10.0 2.13.0"    localattn_cpu-...whl, which serves each of these
 PYTHON ?= python3
 TORCH ?= 2.13.0
 TORCH_INDEX ?=
+CUDA ?= cpu
 PIP_FLAGS ?=
 VENV ?= .venv
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -27,7 +30,7 @@ CPP_SOURCES = $(shell find core bindings tests examples -name '*.[ch]' -o -name 
     2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-sanitizers test-python bench wheel docs lint format install clean
+.PHONY: help demo test test-core test-sanitizers test-python bench wheel test-wheel docs lint format install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,13 +62,30 @@ bench: install  ## speed and memory against every peer that is installed; ARGS=-
 	$(INSTALL) --group demo
 	$(BIN)/python -m localattn bench $(ARGS)
 
-wheel: $(TOOLS)  ## dist/*.whl for this machine's Python packages, repaired for other machines
-	$(INSTALL) --group wheel
+wheel: $(VENV)/.wheel  ## dist/*.whl for other machines: CUDA=cpu, cu130 and so on; TORCH="2.10.0 2.13.0"
 	rm -rf build/wheel dist
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel \
-	    --config-settings=build-dir=build/wheel-torch$(TORCH) .
-	$(BIN)/python -m auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' build/wheel/*.whl
-	$(BIN)/python -m auditwheel show dist/*.whl
+	roots=$$($(if $(TORCH_INDEX),PIP_INDEX_URL=$(TORCH_INDEX)) \
+	    $(BIN)/python packaging/fetch_torch.py --into build/torch $(TORCH)) && \
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel $(PACKAGE_SETTINGS) \
+	    -Cdistribution=localattn-$(CUDA) $(if $(word 2,$(TORCH)),,-Clocal=torch$(basename $(TORCH))) \
+	    -Ccmake.define.LOCALATTN_CUDA=$(if $(filter cpu,$(CUDA)),OFF,ON) \
+	    -Ccmake.define.LOCALATTN_TORCH_ROOTS="$$roots" -Ccmake.define.LOCALATTN_MANYLINUX=ON .
+	$(BIN)/python packaging/repair.py build/wheel/*.whl --into dist
+
+# Beside the tests of the package itself, a few of everything: they were all run against the same sources already.
+WHEEL_TESTS = test_package test_loading test_examples test_errors test_golden
+test-wheel:  ## install dist/*.whl and torch TORCH in an empty environment, and test what is installed there
+	rm -rf build/wheel-test
+	$(PYTHON) -m venv build/wheel-test
+	build/wheel-test/bin/python -m pip install --quiet $(PIP_FLAGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
+	    torch==$(firstword $(TORCH))
+	build/wheel-test/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS) dist/*.whl \
+	    --group build --group test
+	cd build/wheel-test && bin/python -m localattn info
+	cd build/wheel-test && PATH=$(abspath build/wheel-test/bin):$(PATH) bin/python -m pytest -n 2 --rootdir ../.. \
+	    -c ../../pyproject.toml $(WHEEL_TESTS:%=../../tests/python/%.py) $(ARGS)
+	cd build/wheel-test && LOCALATTN_BINDING=c-api bin/python -m pytest -n 2 --rootdir ../.. \
+	    -c ../../pyproject.toml ../../tests/python/test_errors.py ../../tests/python/test_golden.py $(ARGS)
 
 docs: install  ## the documentation as a site, warnings as errors
 	$(INSTALL) --group docs
@@ -85,10 +105,13 @@ format: $(VENV)/.lint  ## put C++ and Python into the project's format
 clean:  ## remove everything that make has made
 	rm -rf $(VENV) build dist site localattn-demo.png localattn-bench
 
-# The package, built against this torch and installed; a second time only what changed is compiled.
+# The package is built in one place, whatever for, so that only what changed is compiled again.
+PACKAGE_SETTINGS = -Cbuild-dir=build/package-$(CUDA) -Ccmake.define.LOCALATTN_WERROR=ON
+
+# The package, built against this torch and installed.
 install: $(TOOLS)
-	$(INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel-torch$(TORCH) \
-	    --config-settings=cmake.define.LOCALATTN_WERROR=ON .
+	$(INSTALL) --no-build-isolation $(PACKAGE_SETTINGS) -Ccmake.define.LOCALATTN_TORCH_ROOTS= \
+	    -Ccmake.define.LOCALATTN_MANYLINUX=OFF .
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
@@ -100,6 +123,10 @@ $(TOOLS): $(VENV)/bin/python constraints.txt
 	@command -v $${CXX:-c++} >/dev/null || { echo "no C++ compiler: install g++ or clang, or set CXX"; exit 1; }
 	$(PIP) install --quiet $(PIP_FLAGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$(TORCH)
 	$(INSTALL) --group build
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/bin/python constraints.txt
+	$(INSTALL) --group build --group wheel
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/bin/python constraints.txt

@@ -6,9 +6,7 @@ Tensors are ``(batch, *spatial, heads, channels)``. The modules are in ``localat
 packages in ``localattn.compat``, and the readable definition of everything in ``localattn.reference``.
 """
 
-from importlib import metadata
-
-from . import compat, nn, reference
+from . import _distribution, compat, nn, reference
 from .ops import (
     attention_variant,
     linear_attention,
@@ -32,7 +30,4 @@ __all__ = [
     "weighting",
 ]
 
-try:
-    __version__ = metadata.version("localattn")
-except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0+unknown"
+__version__ = _distribution.version()

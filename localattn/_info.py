@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
+import re
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from . import _library
+from . import _distribution, _library
 from .ops import attention_variant
 
 
@@ -32,6 +33,7 @@ def _sections() -> dict[str, list[tuple[str, str]]]:
         "localattn": _package(),
         "kernel variants, best first": _variants(),
         "torch": _torch(),
+        "GPU": _gpu(),
         "machine": [
             ("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
             ("C library", " ".join(platform.libc_ver()) or "unknown"),
@@ -42,28 +44,29 @@ def _sections() -> dict[str, list[tuple[str, str]]]:
 
 
 def _package() -> list[tuple[str, str]]:
-    try:
-        distribution = metadata.distribution("localattn")
-        facts = [("distribution", f"{distribution.name} {distribution.version}")]
-    except metadata.PackageNotFoundError:
-        facts = [("distribution", "none installed: the package is imported from a source tree")]
+    facts = [("distribution", _distribution.named())]
+    if conflict := _distribution.conflict():
+        facts.append(("conflict", conflict))
     facts.append(("Python files", str(Path(__file__).parent)))
     try:
         directory = _library.library_directory()
         facts += [
             ("library", f"{_library.version()} in {directory}"),
             ("built by", _library.build_info()),
-            ("bindings", ", ".join(_bindings(directory)) or "none"),
+            ("CUDA kernels", _cuda_kernels(directory)),
+            ("bindings", ", ".join(map(str, _library.bindings(directory))) or "none"),
         ]
     except OSError as error:
         facts.append(("library", str(error)))
-    facts.append(("operators", _library.load_error or f"loaded for torch {_library.TORCH_MINOR}"))
+    facts.append(("operators", _library.load_error or f"through {_library.loaded.how}"))
     return facts
 
 
-def _bindings(directory: Path) -> list[str]:
-    versions = (path.stem.removeprefix(_library.BINDING_PREFIX) for path in directory.glob("localattn_torch-*.so"))
-    return [f"torch {version}" for version in sorted(versions)]
+def _cuda_kernels(directory: Path) -> str:
+    path = directory / "liblocalattn_cuda.so"
+    if not path.exists():
+        return "none: built for the CPU alone"
+    return f"{path.name}, {path.stat().st_size / 2**20:.0f} MiB"
 
 
 def _variants() -> list[tuple[str, str]]:
@@ -102,12 +105,38 @@ def _choices() -> list[tuple[str, str]]:
 
 def _torch() -> list[tuple[str, str]]:
     return [
-        ("version", torch.__version__),
-        ("C++ ABI", "new (_GLIBCXX_USE_CXX11_ABI=1)" if torch.compiled_with_cxx11_abi() else "old"),
+        ("version", f"{torch.__version__} in {Path(torch.__file__).parent}"),
+        ("C++ ABI", "new (_GLIBCXX_USE_CXX11_ABI=1)" if _library.CXX11_ABI else "old (_GLIBCXX_USE_CXX11_ABI=0)"),
         ("threads", f"{torch.get_num_threads()}; localattn computes on these"),
         ("CUDA", torch.version.cuda or "not in this torch"),
-        ("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"),
     ]
+
+
+def _gpu() -> list[tuple[str, str]]:
+    facts = [("driver", _driver())]
+    if not torch.cuda.is_available():
+        return [*facts, ("device", "none that torch can use")]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        facts.append((f"device {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"))
+    return facts
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version and the CUDA version it serves."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        return f"none: {error}"
+    number = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return "libcuda.so.1 does not tell its version"
+    serves = f"serves CUDA {number.value // 1000}.{number.value % 1000 // 10}"
+    try:
+        version = re.search(r"\d+\.[\d.]+", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        version = None
+    return f"{version[0]}, {serves}" if version else serves
 
 
 def processor() -> str:

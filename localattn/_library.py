@@ -8,57 +8,128 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from importlib import metadata
+import os
+import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from . import _distribution
+
 TORCH_MINOR = ".".join(torch.__version__.split(".")[:2])
-BINDING_PREFIX = "localattn_torch-"
+CXX11_ABI = int(torch.compiled_with_cxx11_abi())
 
 
 def library_directory() -> Path:
     """Where the libraries lie: beside this file, or, where this file is run from a source tree, in the installation."""
     candidates = [Path(__file__).parent / "lib"]
-    try:
-        candidates.append(Path(metadata.distribution("localattn").locate_file("localattn/lib")))
-    except metadata.PackageNotFoundError:
-        pass
+    candidates += [Path(d.locate_file("localattn/lib")) for d in _distribution.installed()]
     for directory in candidates:
-        if any(directory.glob("liblocalattn.so*")):
+        if any(directory.glob("liblocalattn.so.*")):
             return directory
     raise OSError(f"localattn's native library is not installed; looked in {', '.join(map(str, candidates))}")
 
 
-def _load_binding() -> str | None:
-    """Registers the operators. Returns what is wrong, or None."""
+# ---- the binding -----------------------------------------------------------------------------------------------------
+
+
+class Binding(NamedTuple):
+    """The operators, compiled for one torch minor version."""
+
+    torch: str
+    cxx11_abi: int  # torch's _GLIBCXX_USE_CXX11_ABI: 0 is libstdc++'s old std::string
+    path: Path
+
+    def __str__(self) -> str:
+        return f"torch {self.torch}" + ("" if self.cxx11_abi else " (old C++ ABI)")
+
+
+def bindings(directory: Path) -> list[Binding]:
+    """Those installed, the oldest torch first."""
+    found = []
+    for path in directory.glob("localattn_torch-*.so"):
+        if match := re.fullmatch(r"localattn_torch-(\d+\.\d+)-abi([01])\.so", path.name):
+            found.append(Binding(match[1], int(match[2]), path))
+    return sorted(found, key=lambda binding: (_number(binding.torch), binding.cxx11_abi))
+
+
+def _number(minor: str) -> tuple[int, ...]:
+    return tuple(map(int, minor.split(".")))
+
+
+class Loaded(NamedTuple):
+    """How the operators came to be registered, or why they are not."""
+
+    how: str
+    error: str | None = None
+    registration: torch.library.Library | None = None  # what keeps operators registered that are no binding's
+
+
+def _load() -> Loaded:
     try:
         directory = library_directory()
     except OSError as error:
-        return str(error)
-    binding = directory / f"{BINDING_PREFIX}{TORCH_MINOR}.so"
-    built_for = sorted(path.stem.removeprefix(BINDING_PREFIX) for path in directory.glob(f"{BINDING_PREFIX}*.so"))
-    if not binding.exists():
-        return (
-            f"localattn in {directory} was built for torch {', '.join(built_for) or '(no version at all)'}, but torch "
-            f"{torch.__version__} is running. Install a localattn built for torch {TORCH_MINOR}, or build it: "
-            "pip install --no-build-isolation <source tree>"
+        return _failed(str(error), _distribution.install_command())
+    forced = os.environ.get("LOCALATTN_BINDING")
+    if forced == "c-api":
+        return _through_c_api("LOCALATTN_BINDING=c-api")
+    if forced:
+        return _failed(f'LOCALATTN_BINDING is "{forced}"; it may be "c-api"', "unset LOCALATTN_BINDING")
+    present = bindings(directory)
+    for binding in present:
+        if (binding.torch, binding.cxx11_abi) == (TORCH_MINOR, CXX11_ABI):
+            return _through(binding)
+    if present and _number(TORCH_MINOR) > _number(present[-1].torch):
+        reason = f"torch {torch.__version__} is newer than the bindings here, the newest for torch {present[-1].torch}"
+        warnings.warn(
+            f"localattn: {reason}. It works through the C API: the same kernels and results, but each call costs some "
+            f"tens of microseconds more. A newer localattn may have a binding: {_distribution.upgrade_command()}",
+            RuntimeWarning,
+            stacklevel=2,
         )
+        return _through_c_api(reason)
+    if _number(TORCH_MINOR) < (2, 4):
+        command = "pip install 'torch>=2.4'"
+    elif "+" in _distribution.version() or not present:
+        command = _distribution.install_command()
+    else:
+        command = _distribution.upgrade_command()
+    built_for = ", ".join(map(str, present)) or "no torch at all"
+    running = f"torch {torch.__version__}" + ("" if CXX11_ABI else " (old C++ ABI)")
+    return _failed(
+        f"{_distribution.named()} in {directory.parent} was built for {built_for}, but {running} is running", command
+    )
+
+
+def _through(binding: Binding) -> Loaded:
     try:
-        torch.ops.load_library(str(binding))
+        torch.ops.load_library(str(binding.path))
     except OSError as error:
-        return f"{binding}, built for torch {TORCH_MINOR}, does not load with torch {torch.__version__}: {error}"
-    return None
+        return _failed(
+            f"{binding.path}, which {_distribution.named()} built for {binding}, does not load with torch "
+            f"{torch.__version__} from {Path(torch.__file__).parent}: {error.__cause__ or error}",  # the loader's words
+            _distribution.install_command(),
+        )
+    return Loaded(f"{binding.path.name}, built for this torch minor version and its C++ ABI")
 
 
-load_error = _load_binding()
+def _through_c_api(reason: str) -> Loaded:
+    try:
+        core()
+    except OSError as error:
+        return _failed(f"localattn's library does not load: {error}", _distribution.install_command())
+    from . import _c_api
+
+    return Loaded(f"the C API, because {reason}", registration=_c_api.register())
 
 
-def require_operators() -> None:
-    """Raises RuntimeError, with the reason, if the operators are not there."""
-    if load_error is not None:
-        raise RuntimeError(load_error)
+def _failed(problem: str, command: str) -> Loaded:
+    text = f"{problem}. To mend it: {command}"
+    if conflict := _distribution.conflict():
+        text += f"\nBesides: {conflict}"
+    return Loaded("not registered", text)
 
 
 # ---- the C API's introspection ---------------------------------------------------------------------------------------
@@ -89,7 +160,7 @@ class _CVariantInfo(ctypes.Structure):
 @functools.cache
 def core() -> ctypes.CDLL:
     """The core library. Raises OSError where it is not installed or does not load."""
-    library = ctypes.CDLL(str(min(library_directory().glob("liblocalattn.so*"))))
+    library = ctypes.CDLL(str(max(library_directory().glob("liblocalattn.so.*"))))
     library.localattn_version.restype = ctypes.c_char_p
     library.localattn_build_info.restype = ctypes.c_char_p
     return library
@@ -115,3 +186,15 @@ def variants() -> list[VariantInfo]:
         unavailable = None if info.unavailable is None else info.unavailable.decode()
         found.append(VariantInfo(info.name.decode(), info.description.decode(), unavailable))
     return found
+
+
+if _distribution.conflict():
+    warnings.warn(f"localattn: {_distribution.conflict()}", RuntimeWarning, stacklevel=2)
+loaded = _load()
+load_error = loaded.error
+
+
+def require_operators() -> None:
+    """Raises RuntimeError, with the reason, if the operators are not there."""
+    if load_error is not None:
+        raise RuntimeError(load_error)

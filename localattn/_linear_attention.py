@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from ._fake import empty_ordered_as
+from ._memory_order import empty_ordered_as
 from ._vmap import mapped_into_batch, slice_by_slice
 
 _forward = torch.ops.localattn.linear_attention

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ._arguments import WindowOptions
-from ._fake import empty_ordered_as
 from ._flops import _pairs
+from ._memory_order import empty_ordered_as
 from ._vmap import mapped_into_batch
 
 _similarity = torch.ops.localattn.similarity

@@ -1,0 +1,52 @@
+# LOCALATTN_MANYLINUX: what is built here runs on the machines that the wheel tag manylinux_2_28 stands for, though this
+# one's glibc and libstdc++ are newer. Not needed in a manylinux_2_28 container, where both are that old.
+#
+# The linker binds each function to the newest version that this machine's glibc has. A few got a new version after 2.28
+# (exp and log lost a wrapper; the functions of libdl and libpthread moved to libc in 2.34), while the old versions are
+# still there, in every later glibc. So the linker is first shown libraries of the same names in which these functions
+# have their oldest version alone. They are seen at link time only. What libstdc++ lacks stands in old_libstdcxx.c.
+option(LOCALATTN_MANYLINUX "Link for manylinux_2_28 on a machine with a newer glibc and libstdc++" OFF)
+
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+    set(oldest_version GLIBC_2.2.5)
+else()
+    set(oldest_version GLIBC_2.17)  # aarch64
+endif()
+set(LOCALATTN_MANYLINUX_LIBRARIES libm.so.6 libdl.so.2 libpthread.so.0 librt.so.1)
+set(libm.so.6 exp exp2 log log2 pow)
+set(libdl.so.2 dladdr dlclose dlerror dlopen dlsym dlvsym)
+set(libpthread.so.0 pthread_create pthread_detach pthread_join pthread_key_create pthread_key_delete pthread_once
+    pthread_getspecific pthread_setspecific pthread_mutex_trylock pthread_mutexattr_init pthread_mutexattr_destroy
+    pthread_mutexattr_settype pthread_rwlock_init pthread_rwlock_destroy pthread_rwlock_rdlock pthread_rwlock_wrlock
+    pthread_rwlock_unlock sem_init sem_destroy sem_post sem_wait sem_trywait sem_timedwait)
+set(librt.so.1 shm_open shm_unlink)
+
+if(LOCALATTN_MANYLINUX)
+    foreach(library IN LISTS LOCALATTN_MANYLINUX_LIBRARIES)
+        set(path ${PROJECT_BINARY_DIR}/manylinux/${library})
+        list(TRANSFORM ${library} REPLACE "(.+)" "void \\1(void) {}\n" OUTPUT_VARIABLE definitions)
+        string(CONCAT definitions ${definitions})
+        file(CONFIGURE OUTPUT ${path}.c CONTENT "${definitions}")
+        list(JOIN ${library} "; " functions)
+        file(CONFIGURE OUTPUT ${path}.map CONTENT "${oldest_version} { global: ${functions}; };\n")
+        add_library(${library} SHARED ${path}.c)
+        set_target_properties(${library} PROPERTIES PREFIX "" OUTPUT_NAME ${library} SUFFIX "" NO_SONAME ON
+            LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/manylinux)
+        target_compile_options(${library} PRIVATE -fno-builtin -w)
+        target_link_options(${library} PRIVATE -nostdlib -Wl,-soname,${library} -Wl,--version-script=${path}.map)
+    endforeach()
+endif()
+
+# localattn_manylinux(<target>)
+function(localattn_manylinux target)
+    if(NOT LOCALATTN_MANYLINUX)
+        return()
+    endif()
+    foreach(library IN LISTS LOCALATTN_MANYLINUX_LIBRARIES)
+        add_dependencies(${target} ${library})
+        # As an option, so that no path to it is written into the target, and only what is used is noted as needed.
+        target_link_libraries(${target} PRIVATE
+            "-Wl,--push-state,--as-needed,$<TARGET_FILE:${library}>,--pop-state")
+    endforeach()
+    target_sources(${target} PRIVATE ${PROJECT_SOURCE_DIR}/core/cmake/old_libstdcxx.c)
+endfunction()
