@@ -77,6 +77,7 @@ WHEEL_TESTS = test_package test_loading test_examples test_errors test_golden
 test-wheel:  ## install dist/*.whl and torch TORCH in an empty environment, and test what is installed there
 	rm -rf build/wheel-test
 	$(PYTHON) -m venv build/wheel-test
+	build/wheel-test/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS) pip
 	build/wheel-test/bin/python -m pip install --quiet $(PIP_FLAGS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) \
 	    torch==$(firstword $(TORCH))
 	build/wheel-test/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_FLAGS) dist/*.whl \

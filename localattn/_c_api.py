@@ -1,6 +1,6 @@
 """The operators through the C API alone, for a torch that no binding was built for: the schemas, checks and allocations
-of bindings/torch/, by way of ctypes. A call costs some tens of microseconds more than through a binding, and runs on
-threads of the core's own, as many as torch.set_num_threads allows.
+of bindings/torch/, by way of ctypes. A call costs some tens of microseconds more than through a binding, and on the CPU
+it runs on threads of the core's own, as many as torch.set_num_threads allows.
 
 The structs' layouts are read from the header that is installed with the library.
 """
@@ -65,15 +65,30 @@ def _check(status: int) -> None:
         raise _EXCEPTIONS.get(status, RuntimeError)(message)
 
 
-def _context():
+def _context(device: torch.device):
+    """Where a call runs: on torch's number of threads, or on torch's current stream of a CUDA device."""
     context = _STRUCTS["context"](struct_size=ctypes.sizeof(_STRUCTS["context"]))
-    context.device_type = _ENUMERATORS["CPU"]
-    context.num_threads = torch.get_num_threads()
+    if device.type == "cuda":
+        context.device_type, context.device_index = _ENUMERATORS["CUDA"], device.index
+        context.stream = torch.cuda.current_stream(device).cuda_stream
+    else:
+        context.device_type, context.num_threads = _ENUMERATORS["CPU"], torch.get_num_threads()
     return context
 
 
-def _run(function: str, params) -> None:
-    _check(getattr(_CORE, f"localattn_{function}")(ctypes.byref(_context()), ctypes.byref(params)))
+def _run(operation: str, direction: str, params, of: Tensor) -> None:
+    """One pass of an operation whose tensors lie where `of` does."""
+    context = _context(of.device)
+    references = ctypes.byref(context), ctypes.byref(params)
+    workspace = None
+    if of.device.type == "cuda":  # on the CPU the library takes what it needs
+        size = ctypes.c_size_t()
+        ask = getattr(_CORE, f"localattn_{operation}_workspace_size")
+        _check(ask(*references, _ENUMERATORS[direction.upper()], ctypes.byref(size)))
+        # Its memory serves the stream's next calls when this goes.
+        workspace = torch.empty(size.value, dtype=torch.uint8, device=of.device)
+        context.workspace, context.workspace_size = workspace.data_ptr(), size.value
+    _check(getattr(_CORE, f"localattn_{operation}_{direction}")(*references))
 
 
 def _params(operation: str, of: Tensor, name: str, **fields):
@@ -120,7 +135,7 @@ def _per_query(tensor: Tensor):
 
 
 def _mask(tensor: Tensor, key: Tensor):
-    _check_dtype("key_mask", tensor, torch.bool)
+    _check_kind("key_mask", tensor, key, torch.bool)
     return _described(_broadcast("key_mask", tensor, key.shape[:-2]), "b" + "s" * (key.dim() - 3))
 
 
@@ -131,8 +146,12 @@ def _shape(sizes: Sequence[int]) -> str:
     return str(list(sizes))
 
 
-def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+def _check_kind(name: str, tensor: Tensor, of: Tensor, dtype: torch.dtype | None = None) -> None:
+    """`tensor` lies where `of` does and has its dtype, or the one told."""
+    expected = dtype or of.dtype
     _require(tensor.dtype == expected, f"{name} must have dtype {expected}, got {tensor.dtype}", TypeError)
+    where = f"{name} must be on the device of query, {of.device}, got {tensor.device}"
+    _require(tensor.device == of.device, where, RuntimeError)
 
 
 def _check_shape(name: str, tensor: Tensor, expected: Sequence[int]) -> None:
@@ -166,7 +185,7 @@ def _check_pair(name: str, tensor: Tensor, of: str, other: Tensor, heads: bool =
         _require(tensor.shape[-2] == other.shape[-2], f"{name} must have the heads of {of}, {other.shape[-2]}, {got}")
     if width:
         _require(tensor.shape[-1] == other.shape[-1], f"{name} must have the width of {of}, {other.shape[-1]}, {got}")
-    _check_dtype(name, tensor, other.dtype)
+    _check_kind(name, tensor, other)
 
 
 def _check_value(value: Tensor, key: Tensor) -> None:
@@ -175,7 +194,7 @@ def _check_value(value: Tensor, key: Tensor) -> None:
         f"value must have the batch, extents and heads of key, {_shape(key.shape[:-1])}, got {_shape(value.shape)}",
     )
     _require(value.shape[-1] > 0, f"value must have at least 1 channel, got shape {_shape(value.shape)}")
-    _check_dtype("value", value, key.dtype)
+    _check_kind("value", value, key)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -247,7 +266,7 @@ def _attention_problem(query, key, value, *options):
         biases[name] = (tensor, [*per_query, sizes[axis]] if axis < rank else [])
     for name, (tensor, shape) in biases.items():
         if tensor is not None:
-            _check_dtype(name, tensor, query.dtype)
+            _check_kind(name, tensor, query)
             if name == "rel_pos_bias":
                 _check_shape(name, tensor, shape)
             _set_bias(params, name, _broadcast(name, tensor, shape))
@@ -271,7 +290,7 @@ def _attention(query, key, value, *options):
     output = empty_ordered_as(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=_wide(query.dtype))
     params.output, params.lse = _full(output), _per_query(lse)
-    _run("attention_forward", params)
+    _run("attention", "forward", params, query)
     return output, lse
 
 
@@ -294,7 +313,7 @@ def _attention_backward(grad_output, grad_lse, query, key, value, output, lse, *
         data = gradient.data_ptr() if gradient.numel() else None  # though it may be seen as empty
         _set_bias(params, name, gradient.expand(shape), "grad_", data)
         gradients.append(gradient)
-    _run("attention_backward", params)
+    _run("attention", "backward", params, query)
     return tuple(gradient.to(query.dtype) for gradient in gradients)
 
 
@@ -302,12 +321,12 @@ def _check_results(params, query, value, grad_output, grad_lse, output, lse) -> 
     per_query, wide = query.shape[:-1], _wide(query.dtype)
     for name, tensor in (("output", output), ("grad_output", grad_output)):
         _check_shape(name, tensor, [*per_query, value.shape[-1]])
-        _check_dtype(name, tensor, query.dtype)
+        _check_kind(name, tensor, query)
         setattr(params, name, _full(tensor))
     for name, tensor in (("lse", lse), ("grad_lse", grad_lse)):
         if tensor is not None:
             _check_shape(name, tensor, per_query)
-            _check_dtype(name, tensor, wide)
+            _check_kind(name, tensor, query, wide)
             setattr(params, name, _per_query(tensor))
 
 
@@ -317,7 +336,7 @@ def _attention_variant(*options):
     name, report = ctypes.c_char_p(), ctypes.create_string_buffer(4096)
     _check(
         _CORE.localattn_attention_variant(
-            ctypes.byref(_context()),
+            ctypes.byref(_context(options[0].device)),
             ctypes.byref(params),
             _ENUMERATORS["BACKWARD" if backward else "FORWARD"],
             ctypes.byref(name),
@@ -359,13 +378,13 @@ def _similarity(query, key, *options):
         params = _window_params("weighting", query, "query", *extents, window)
         scores = query.new_empty(shape)
         params.grad_output, params.value, params.grad_weights = _full(query), _full(key), _full(scores)
-        _run("weighting_backward", params)
+        _run("weighting", "backward", params, query)
         return scores
     params = _window_params("similarity", query, "query", *extents, window)
     params.has_fill, params.fill = fill is not None, fill or 0.0
     scores = query.new_empty(shape)
     params.query, params.key, params.scores = _full(query), _full(key), _full(scores)
-    _run("similarity_forward", params)
+    _run("similarity", "forward", params, query)
     return scores
 
 
@@ -377,7 +396,7 @@ def _weighting(weights, value, *window):
     params = _window_params("weighting", value, "value", weights.shape[1:-2], value.shape[1:-2], window)
     output = empty_ordered_as(value, value.shape[-1], weights.shape[1:-2])
     params.weights, params.value, params.output = _full(weights), _full(value), _full(output)
-    _run("weighting_forward", params)
+    _run("weighting", "forward", params, value)
     return output
 
 
@@ -398,7 +417,7 @@ def _weighting_transpose(weights, query, key_extent, *window):
     params = _window_params("weighting", query, "query", extents, key_extent, window)
     value = empty_ordered_as(query, query.shape[-1], key_extent)
     params.weights, params.grad_output, params.grad_value = _full(weights), _full(query), _full(value)
-    _run("weighting_backward", params)
+    _run("weighting", "backward", params, query)
     return value
 
 
@@ -428,17 +447,17 @@ def _linear_attention(query, key, value, key_mask):
     key_lse = query.new_empty(context_shape[:-1], dtype=_wide(query.dtype))
     params.output = _full(output)
     params.context, params.key_lse = _described(context, "bhsc"), _described(key_lse, "bhc")
-    _run("linear_attention_forward", params)
+    _run("linear_attention", "forward", params, query)
     return output, context, key_lse
 
 
 def _linear_attention_backward(grad_output, query, key, value, context, key_lse, key_mask, needs_gradient):
     params, context_shape = _linear_problem(query, key, value, key_mask)
     _check_shape("grad_output", grad_output, [*query.shape[:-1], value.shape[-1]])
-    _check_dtype("grad_output", grad_output, query.dtype)
+    _check_kind("grad_output", grad_output, query)
     for name, tensor, shape in (("context", context, context_shape), ("key_lse", key_lse, context_shape[:-1])):
         _check_shape(name, tensor, shape)
-        _check_dtype(name, tensor, _wide(query.dtype))
+        _check_kind(name, tensor, query, _wide(query.dtype))
     params.grad_output = _full(grad_output)
     params.context, params.key_lse = _described(context, "bhsc"), _described(key_lse, "bhc")
     gradients = []
@@ -446,7 +465,7 @@ def _linear_attention_backward(grad_output, query, key, value, context, key_lse,
         gradients.append(empty_ordered_as(tensor, tensor.shape[-1]) if needed else query.new_empty(0))
         if needed:
             setattr(params, f"grad_{name}", _full(gradients[-1]))
-    _run("linear_attention_backward", params)
+    _run("linear_attention", "backward", params, query)
     return tuple(gradients)
 
 
@@ -464,7 +483,7 @@ def _routed_problem(query, key, value, region_index, region_size, kv_region_size
         _require(len(size) == 2, f"{name} must have 2 entries, got {len(size)}")
         # The C API takes a zero of these for a default.
         _require(min(size) > 0, f"{name} must be at least 1, got {list(size)}")
-    _check_dtype("region_index", region_index, torch.int64)
+    _check_kind("region_index", region_index, query, torch.int64)
     got = f"got shape {_shape(region_index.shape)}"
     _require(region_index.dim() == 3, f"region_index must be (batch, regions, topk), {got}")
     (height, width), (rows, columns) = query.shape[1:3], region_size
@@ -479,7 +498,7 @@ def _routed_problem(query, key, value, region_index, region_size, kv_region_size
     )  # fmt: skip
     if region_weight is not None:
         _check_shape("region_weight", region_weight, region_index.shape)
-        _check_dtype("region_weight", region_weight, query.dtype)
+        _check_kind("region_weight", region_weight, query)
         params.region_weight = _described(region_weight, "bsc")
     return params
 
@@ -489,7 +508,7 @@ def _routed_attention(query, key, value, *options):
     output = empty_ordered_as(query, value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=_wide(query.dtype))
     params.output, params.lse = _full(output), _per_query(lse)
-    _run("routed_attention_forward", params)
+    _run("routed_attention", "forward", params, query)
     return output, lse
 
 
@@ -508,7 +527,7 @@ def _routed_attention_backward(grad_output, grad_lse, query, key, value, output,
         params.grad_region_weight = _described(gradients[-1], "bsc")
     else:
         gradients.append(query.new_empty(0))
-    _run("routed_attention_backward", params)
+    _run("routed_attention", "backward", params, query)
     return tuple(gradient.to(query.dtype) for gradient in gradients)
 
 
@@ -549,5 +568,6 @@ def register() -> torch.library.Library:
     library = torch.library.Library("localattn", "DEF")
     for schema, function in SCHEMAS.items():
         library.define(schema)
-        library.impl(schema.partition("(")[0], function, "CPU")
+        for device in ("CPU", "CUDA"):
+            library.impl(schema.partition("(")[0], function, device)
     return library
