@@ -367,8 +367,10 @@ def _window_params(operation: str, of: Tensor, name: str, query_extent, key_exte
     return _params(operation, of, name, **shape, **_window(query_extent, key_extent, *window))
 
 
-def _similarity(query, key, *options):
-    *window, fill, as_gradient = options
+def _similarity(
+    query, key, kernel_size, stride, dilation, is_causal, raster_causal, border, fill, as_gradient=False
+):  # torch leaves out an argument that has the schema's default
+    window = (kernel_size, stride, dilation, is_causal, raster_causal, border)
     _check_map("query", query)
     _check_filled("query", query)
     _check_pair("key", key, "query", query, width=True)
