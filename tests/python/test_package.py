@@ -9,6 +9,7 @@ import sys
 from importlib import metadata, resources
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,3 +98,51 @@ def test_the_c_api_has_the_bindings_operators() -> None:
         assert torch._C.parse_schema(f"localattn::{schema}") == registered
     operators = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "localattn::" in name}
     assert operators == {schema.partition("(")[0] for schema in _c_api.SCHEMAS}
+
+
+@pytest.fixture(scope="module")
+def nonlocal_means(cmake_package: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    build = tmp_path_factory.mktemp("example")
+    source = ROOT / "examples" / "c"
+    commands("cmake", "-S", source, "-B", build, f"-Dlocalattn_DIR={cmake_package}", "-DCMAKE_C_FLAGS=-Wall -Werror")
+    commands("cmake", "--build", build)
+    return build / "nonlocal_means"
+
+
+def test_the_example_filters_an_image_file(nonlocal_means: Path, tmp_path: Path) -> None:
+    """Non-local means, by its definition: weights from squared differences of neighbourhoods, one pixel at a time."""
+    height, width, window, strength = 14, 19, 7, 25.0
+    clean = (np.indices((height, width)).sum(0) // 6 % 2 * 120.0 + 60)[..., None] + np.array([0.0, 10.0, 30.0])
+    noisy = np.clip(clean + np.random.default_rng(0).normal(0, strength, clean.shape), 0, 255).astype(np.uint8)
+    source, target = tmp_path / "noisy.ppm", tmp_path / "smooth.ppm"
+    source.write_bytes(b"P6\n# a comment\n%d %d\n255\n" % (width, height) + noisy.tobytes())
+    commands(nonlocal_means, source, target, str(window), str(strength))
+    header, smooth = target.read_bytes().split(b"255\n", 1)
+    assert header == b"P6\n%d %d\n" % (width, height)
+    smooth = np.frombuffer(smooth, np.uint8).reshape(noisy.shape).astype(float)
+
+    padded = np.pad(noisy.astype(float), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    patches = np.stack([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=-1)
+    expected = np.empty(noisy.shape)
+    for y in range(height):
+        for x in range(width):
+            near = np.s_[max(y - window // 2, 0) : y + window // 2 + 1, max(x - window // 2, 0) : x + window // 2 + 1]
+            distance = ((patches[near] - patches[y, x]) ** 2).sum((-1, -2))
+            weight = np.exp(-distance / (27 * 2 * strength**2))
+            expected[y, x] = (weight[..., None] * noisy[near]).sum((0, 1)) / weight.sum()
+    assert np.abs(smooth - expected).max() < 0.51  # rounded to whole numbers
+    assert np.abs(smooth - clean).mean() < 0.75 * np.abs(noisy - clean).mean()
+
+
+def test_the_example_refuses_what_is_no_image(nonlocal_means: Path, tmp_path: Path) -> None:
+    for name, content in {
+        "text": b"not an image",
+        "short": b"P6\n4 4\n255\nabc",
+        "deep": b"P6\n1 1\n65535\nabcdef",
+    }.items():
+        source = tmp_path / name
+        source.write_bytes(content)
+        done = subprocess.run([nonlocal_means, source, tmp_path / "out.ppm"], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert str(source) in done.stderr
+        assert not (tmp_path / "out.ppm").exists()
