@@ -69,6 +69,13 @@ def test_c_compiles_without_cmake(tmp_path: Path) -> None:
     commands(os.environ.get("CC", "cc"), *flags, tmp_path / "attend.c", "-o", tmp_path / "attend.o")
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "docs" / "drawings").glob("*.py")), ids=lambda script: script.stem)
+def test_drawings_are_what_their_code_draws(script: Path, tmp_path: Path) -> None:
+    name = script.stem.replace("_", "-") + ".svg"
+    commands(sys.executable, script, tmp_path / name)
+    assert (tmp_path / name).read_text() == (ROOT / "docs" / "images" / name).read_text()
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
