@@ -6,8 +6,8 @@ import torch
 from skimage import data
 from torch import Tensor
 
-TRAINING = ("chelsea", "coffee", "rocket", "stereo_motorcycle")
-HELD_OUT = "astronaut"
+TRAINING = ("astronaut", "chelsea", "rocket", "stereo_motorcycle")
+HELD_OUT = "coffee"
 
 
 def load(name: str) -> list[Tensor]:

@@ -24,9 +24,12 @@ class Panel(NamedTuple):
 def write_picture(path: Path, panels: list[Panel], crop: tuple[int, int, int, int], heading: str) -> None:
     """Writes a PNG with two rows: the images, and their part ``crop`` (top, left, height, width) enlarged."""
     top, left, height, width = crop
-    figure = Figure(figsize=(3.3 * len(panels), 7.6), dpi=130, facecolor="white")
+    # Both rows as high as what they show, with room for the heading and the captions.
+    rows = [panels[0].image.shape[1] / panels[0].image.shape[2], height / width]
+    size = 3.3 * len(panels), 3.3 * sum(rows) + 1.2
+    figure = Figure(figsize=size, dpi=130, facecolor="white")
     FigureCanvasAgg(figure)  # draws without a display
-    axes = figure.subplots(2, len(panels))
+    axes = figure.subplots(2, len(panels), height_ratios=rows)
     best = max(panel.quality.psnr for panel in panels if panel.quality)
     for whole, enlarged, panel in zip(*axes, panels, strict=True):
         shown = panel.image.clamp(0, 1).permute(1, 2, 0).numpy()
@@ -46,6 +49,8 @@ def write_picture(path: Path, panels: list[Panel], crop: tuple[int, int, int, in
             text = f"{panel.quality.psnr:.2f} dB   SSIM {panel.quality.ssim:.3f}"
             weight = "bold" if panel.quality.psnr == best else "normal"
         enlarged.set_xlabel(text, fontsize=13, labelpad=8, weight=weight)
-    figure.suptitle(heading, fontsize=12.5, color="#444444", y=0.985)
-    figure.subplots_adjust(left=0.006, right=0.994, top=0.89, bottom=0.055, wspace=0.025, hspace=0.03)
+    figure.suptitle(heading, fontsize=12.5, color="#444444", y=1 - 0.1 / size[1])
+    figure.subplots_adjust(
+        left=0.006, right=0.994, top=1 - 0.75 / size[1], bottom=0.42 / size[1], wspace=0.025, hspace=0.02
+    )
     figure.savefig(path)
