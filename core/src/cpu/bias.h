@@ -2,6 +2,8 @@
 //
 // bias[q, u] = entry bias[q, u] + table[key - centre] + sum over axes of axis bias[q, u of that axis].
 #pragma once
+#include <utility>
+
 #include "bias_groups.h"
 #include "ring.h"
 
@@ -36,6 +38,13 @@ LOCALATTN_INLINE int64_t table_offset(const Tensor &t, const BiasRow &row) {
     return row.head * t.head + row.relative0 * t.axis[0] + row.relative1 * t.axis[1];
 }
 
+// One element per lane. As one expression: written to memory element by element and loaded as a register it would wait
+// for the stores.
+template <class V, class Element, size_t... Lane>
+LOCALATTN_INLINE typename V::reg gather_all(const Element *p, int64_t step, std::index_sequence<Lane...>) {
+    return typename V::reg{load_as<typename V::T>(p + static_cast<int64_t>(Lane) * step)...};
+}
+
 // s[slot][lane] += factor * bias, for all slots of a tile.
 template <class V, class Element>
 static void add_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row, typename V::T factor,
@@ -65,25 +74,35 @@ static void add_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row,
     term(p.axis_bias[2], 0, p.axis_bias[2].channel);
     term(p.bias, entries * p.bias.channel, p.bias.channel);
 
-    const reg f = V::all(factor);
     const int64_t period = plan.lane_axis.query_period;
+    // With queries in the lanes, all slots belong to the same queries: what does not depend on the entry is the same
+    // for all, and entries that a border leaves out can be read (and masked later) where the query exists.
+    const bool of_queries = plan.a == Side::query;
+    const bool whole = pattern.uniform || (of_queries && pattern.alike && tile.count == V::lanes);
+    reg same{};
+    if (of_queries) {
+        int rest = 0;
+        for (int i = 0; i < count; ++i) {
+            const Term &t = terms[i];
+            if (t.entry == 0 && pattern.slots > 0)
+                same += gather<V>(t.data + pattern.query[0] * t.query, t.query * period, tile.count, T(0));
+            else
+                terms[rest++] = t;
+        }
+        count = rest;
+    }
     for (int slot = 0; slot < pattern.slots; ++slot) {
         const int32_t *entry = pattern.entry + slot * V::lanes;
-        reg sum = V::all(table ? load_as<T>(table + pattern.relative[slot] * p.rel_pos_bias.axis[2]) : T(0));
+        reg sum = same;
+        if (table) sum += V::all(load_as<T>(table + pattern.relative[slot] * p.rel_pos_bias.axis[2]));
         for (int i = 0; i < count; ++i) {
             const Term &t = terms[i];
             const Element *data = t.data + pattern.query[slot] * t.query;
             const int64_t step = t.query * period;
-            if (pattern.uniform) {
-                data += entry[0] * t.entry;
-                if (step == 0) {
-                    sum += V::all(load_as<T>(data));
-                    continue;
-                }
-                alignas(64) T value[V::lanes];
-                LOCALATTN_UNROLL
-                for (int l = 0; l < V::lanes; ++l) value[l] = load_as<T>(data + l * step);
-                sum += V::load(value);
+            if (whole) {
+                data += pattern.shared[slot] * t.entry;
+                sum += step == 0 ? V::all(load_as<T>(data))
+                                 : gather_all<V>(data, step, std::make_index_sequence<V::lanes>());
             } else {
                 alignas(64) T value[V::lanes];
                 for (int l = 0; l < V::lanes; ++l)
@@ -91,7 +110,24 @@ static void add_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row,
                 sum += V::load(value);
             }
         }
-        V::store(s + slot * V::lanes, V::load(s + slot * V::lanes) + f * sum);
+        V::store(s + slot * V::lanes, V::load(s + slot * V::lanes) + V::all(factor) * sum);
+    }
+}
+
+// One slot's gradients g[lane], whose sum is `total`, to at[lane * query + entry[lane] * step].
+template <class V>
+LOCALATTN_INLINE void add_slot(const LaneTile &tile, const int32_t *entry, const typename V::T *g, typename V::T total,
+                               typename V::T *at, int64_t query, int64_t step) {
+    const bool uniform = tile.pattern->uniform;
+    if (query == 0 && (uniform || step == 0)) {
+        at[entry[0] * step] += total;
+    } else if (uniform) {
+        at += entry[0] * step;
+        LOCALATTN_UNROLL
+        for (int l = 0; l < V::lanes; ++l) at[l * query] += g[l];
+    } else {
+        for (int l = 0; l < tile.count; ++l)
+            if (entry[l] >= 0) at[l * query + entry[l] * step] += g[l];
     }
 }
 
@@ -100,6 +136,7 @@ template <class V>
 static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const BiasRow &row, const BiasGradients &out,
                                const typename V::T *ds) {
     using T = typename V::T;
+    using reg = typename V::reg;
     const Problem &p = *plan.problem;
     const LanePattern &pattern = *tile.pattern;
     const int64_t entries = (row.entry0 * p.axis[1].kernel + row.entry1) * p.axis[2].kernel;
@@ -116,27 +153,33 @@ static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const Bia
 
     // Pairs that do not exist have ds = 0, so that a slot's lanes can be summed without asking which do.
     const int64_t period = plan.lane_axis.query_period;
+    // Sums over the lanes are for gradients that these share.
+    const bool summed = table || (bias && out.bias.axis[2] == 0) || (axis[2] && out.axis[2].axis[2] == 0);
     for (int slot = 0; slot < pattern.slots; ++slot) {
         const T *g = ds + slot * V::lanes;
         const int32_t *entry = pattern.entry + slot * V::lanes;
         T total = 0;
-        for (int l = 0; l < tile.count; ++l) total += g[l];
+        for (int l = 0; summed && l < tile.count; ++l) total += g[l];
         if (table) table[pattern.relative[slot] * out.table.axis[2]] += total;
-        const auto add = [&](T *to, const Tensor &t, int64_t step_entry) __attribute__((always_inline)) {
-            if (!to) return;
-            T *at = to + (tile.query + pattern.query[slot]) * t.axis[2];
-            const int64_t step = period * t.axis[2];
-            if (step == 0 && (pattern.uniform || step_entry == 0)) {
-                at[entry[0] * step_entry] += total;
-                return;
-            }
-            for (int l = 0; l < tile.count; ++l)
-                if (entry[l] >= 0) at[l * step + entry[l] * step_entry] += g[l];
-        };
-        add(bias, out.bias, out.bias.channel);
-        add(axis[0], out.axis[0], 0);
-        add(axis[1], out.axis[1], 0);
-        add(axis[2], out.axis[2], out.axis[2].channel);
+        if (bias) {
+            T *at = bias + (tile.query + pattern.query[slot]) * out.bias.axis[2];
+            add_slot<V>(tile, entry, g, total, at, period * out.bias.axis[2], out.bias.channel);
+        }
+        if (axis[2]) {
+            T *at = axis[2] + (tile.query + pattern.query[slot]) * out.axis[2].axis[2];
+            add_slot<V>(tile, entry, g, total, at, period * out.axis[2].axis[2], out.axis[2].channel);
+        }
+    }
+    // The other axes' entries are the row's own: one sum over the slots for each query.
+    if (!axis[0] && !axis[1]) return;
+    reg over_slots{};
+    for (int slot = 0; slot < pattern.slots; ++slot) over_slots += V::load(ds + slot * V::lanes);
+    alignas(64) T sum[V::lanes];
+    V::store(sum, over_slots);
+    for (int i = 0; i < 2 && pattern.slots > 0; ++i) {
+        if (!axis[i]) continue;
+        T *at = axis[i] + (tile.query + pattern.query[0]) * out.axis[i].axis[2];
+        for (int l = 0; l < tile.count; ++l) at[l * period * out.axis[i].axis[2]] += sum[l];
     }
 }
 

@@ -65,14 +65,15 @@ void each_element(const Problem &p, int which, Visit visit) {
     for (int i = 0; i < axes; ++i)
         if (from[i] == 0) shape.extent[i] = 1;
     int64_t at[axes] = {};
-    for (int64_t n = 0; n < elements; ++n) {
+    const int64_t run = shape.extent[axes - 1];
+    for (int64_t n = 0; n < elements; n += run) {
         int64_t source = 0, target = 0;
-        for (int i = 0; i < axes; ++i) {
+        for (int i = 0; i < axes - 1; ++i) {
             source += at[i] * from[i];
             target += at[i] * to[i];
         }
-        visit(source, target);
-        for (int i = axes - 1; i >= 0 && ++at[i] == shape.extent[i]; --i) at[i] = 0;
+        for (int64_t j = 0; j < run; ++j) visit(source + j * from[axes - 1], target + j * to[axes - 1]);
+        for (int i = axes - 2; i >= 0 && ++at[i] == shape.extent[i]; --i) at[i] = 0;
     }
 }
 
@@ -80,7 +81,7 @@ template <class T>
 void clear_results(const BiasGroups &g) {
     for (int which = 0; which < gradients; ++which) {
         T *data = static_cast<T *>(result_of(*g.problem, which).data);
-        if (data) each_element(*g.problem, which, [&](int64_t source, int64_t) { data[source] = 0; });
+        if (data) each_element(*g.problem, which, [=](int64_t source, int64_t) { data[source] = 0; });
     }
 }
 

@@ -275,6 +275,7 @@ LaneTile *take_tiles(const Plan &plan, Arena &arena) {
         own.column = arena.take<int64_t>(slots);
         own.query = arena.take<int64_t>(slots);
         own.relative = arena.take<int32_t>(slots);
+        own.shared = arena.take<int32_t>(slots);
         own.entry = arena.take<int32_t>(cells);
         own.mask = arena.take<char>(cells * plan.element);
         own.raster_mask = plan.problem->raster ? arena.take<char>(cells * plan.element) : nullptr;
@@ -336,8 +337,14 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
         }
     }
     if (!any) return;
-    for (int l = 0; l < plan.lanes; ++l)
-        pattern.uniform &= pattern.entry[cell + l] >= 0 && pattern.entry[cell + l] == pattern.entry[cell];
+    int32_t &shared = pattern.shared[pattern.slots] = -1;
+    for (int l = 0; l < plan.lanes; ++l) {
+        const int32_t entry = pattern.entry[cell + l];
+        if (shared < 0) shared = entry;
+        pattern.alike &= entry < 0 || entry == shared;
+        pattern.uniform &= entry >= 0;
+    }
+    pattern.uniform &= pattern.alike;
     const int64_t column = b_phase * plan.phase_stride + offset;
     pattern.column[pattern.slots] = column;
     pattern.query[pattern.slots] = a == Side::query ? tile.phase : lane.query_period * offset + b_phase;
@@ -384,7 +391,7 @@ void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
             tile.pattern = &tile.own;
             tile.own.slots = tile.own.runs = 0;
             tile.own.masks_scores = tile.own.masks_values = false;
-            tile.own.uniform = true;
+            tile.own.alike = tile.own.uniform = true;
             for (int64_t b_phase = 0; b_phase < lane.period(b); ++b_phase)
                 for (int64_t offset = lane.lowest_offset(a); offset <= lane.highest_offset(a); ++offset)
                     add_slot(plan, b_phase, offset, tile);

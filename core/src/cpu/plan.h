@@ -85,11 +85,13 @@ struct LanePattern {
     int32_t slots, runs;
     bool masks_scores;  // some lane lacks some slot
     bool masks_values;  // and that slot holds a real element there
-    bool uniform;       // every slot is the same entry in all lanes, and all lanes exist
+    bool alike;         // the lanes that have an entry in a slot all have the same one: shared[slot]
+    bool uniform;       // alike, and all lanes have one in every slot
     LaneRun *run;
     int64_t *column;    // [slots] packed position of lane 0, less LaneTile::column
     int64_t *query;     // [slots] query position of lane 0, less LaneTile::query; lane l is at + query_period * l
     int32_t *relative;  // [slots] key - centre + kernel - 1 in dilated coordinates
+    int32_t *shared;    // [slots]
     int32_t *entry;     // [slots][lanes] window entry along this axis, -1 where the pair does not exist
     void *mask;         // [slots][lanes] of integers as wide as an element: all ones where the pair exists
     void *raster_mask;  // the same, entries up to the centre only; NULL unless the problem is raster causal
