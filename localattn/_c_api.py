@@ -333,10 +333,16 @@ def _check_results(params, query, value, grad_output, grad_lse, output, lse) -> 
 def _attention_variant(*options):
     *options, backward = options
     params, _ = _attention_problem(*options)
+    query, _, value = options[:3]
+    # As the passes allocate them: variants may care for layouts.
+    results = empty_ordered_as(query, value.shape[-1]), *(empty_ordered_as(x, x.shape[-1]) for x in options[:3])
+    params.output = params.grad_output = _full(results[0])
+    if backward:
+        params.grad_query, params.grad_key, params.grad_value = map(_full, results[1:])
     name, report = ctypes.c_char_p(), ctypes.create_string_buffer(4096)
     _check(
         _CORE.localattn_attention_variant(
-            ctypes.byref(_context(options[0].device)),
+            ctypes.byref(_context(query.device)),
             ctypes.byref(params),
             _ENUMERATORS["BACKWARD" if backward else "FORWARD"],
             ctypes.byref(name),

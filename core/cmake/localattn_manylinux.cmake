@@ -37,16 +37,22 @@ if(LOCALATTN_MANYLINUX)
     endforeach()
 endif()
 
-# localattn_manylinux(<target>)
+# localattn_manylinux(<target> [ALL])
+#
+# With ALL the target needs all these libraries, whether or not it uses them: what refers to them may come after them
+# when it is linked, as the static CUDA runtime does.
 function(localattn_manylinux target)
     if(NOT LOCALATTN_MANYLINUX)
         return()
     endif()
+    set(needed --as-needed)
+    if("ALL" IN_LIST ARGN)
+        set(needed --no-as-needed)
+    endif()
     foreach(library IN LISTS LOCALATTN_MANYLINUX_LIBRARIES)
         add_dependencies(${target} ${library})
-        # As an option, so that no path to it is written into the target, and only what is used is noted as needed.
-        target_link_libraries(${target} PRIVATE
-            "-Wl,--push-state,--as-needed,$<TARGET_FILE:${library}>,--pop-state")
+        # As an option, so that no path to it is written into the target.
+        target_link_libraries(${target} PRIVATE "-Wl,--push-state,${needed},$<TARGET_FILE:${library}>,--pop-state")
     endforeach()
     target_sources(${target} PRIVATE ${PROJECT_SOURCE_DIR}/core/cmake/old_libstdcxx.c)
 endfunction()
