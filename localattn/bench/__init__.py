@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 FULL = Plan(
     SHAPES,
     [*KERNEL_SWEEP, *SIDE_SWEEP],
-    ("localattn", "halo blocks", "flex_attention, compiled", "unfold in chunks", "NATTEN"),
+    ("localattn", "halo blocks", "compiled flex_attention", "unfold in chunks", "NATTEN"),
     [*SEEDS, Shape(1, 64, 128, 7), Shape(1, 64, 128, 15)],
     ("localattn", "halo blocks", "unfold in chunks", "unfold", "SDPA with a mask", "NATTEN"),
     seconds_each=6.0,

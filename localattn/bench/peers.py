@@ -185,7 +185,7 @@ class MaskedAttention(Peer):
 
 
 class FlexAttention(Peer):
-    name = "flex_attention, compiled"
+    name = "compiled flex_attention"
     backward = False
 
     def absent(self) -> str | None:

@@ -58,6 +58,25 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
     const Element *in = static_cast<const Element *>(source);
     constexpr int L = V::lanes;
     const reg f = V::all(factor);
+    if (position == 1 && channel != 1) {
+        // One channel after the other: each lies in pages of its own.
+        const int64_t whole_from = from <= 0 ? 0 : (from + L - 1) / L * L,
+                      whole_to = to / L * L < columns ? to / L * L : columns;
+        for (int64_t c = 0; c < channels; ++c) {
+            const Element *p = in + c * channel;
+            T *o = out + c * out_channel;
+            for (int64_t x = 0; x < columns; x += L) {
+                if (x >= whole_from && x < whole_to) {
+                    V::store(o + x, f * V::load_as(p + x));
+                    continue;
+                }
+                alignas(64) T t[L] = {};
+                for (int64_t l = x < from ? from - x : 0; l < L && x + l < to; ++l) t[l] = load_as<T>(p + x + l);
+                V::store(o + x, f * V::load(t));
+            }
+        }
+        return;
+    }
     for (int64_t x = 0; x < columns; x += L) {
         const int64_t lo = from > x ? from - x : 0, hi = to < x + L ? to - x : L;
         T *o = out + x;
@@ -77,8 +96,6 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
             for (int64_t c = whole; c < channels; c += L)
                 pack_part<V>(p + c, position, from_lane, to_lane, static_cast<int>(channels - c < L ? channels - c : L),
                              f, o + c * out_channel, out_channel);
-        } else if (position == 1 && lo == 0 && hi == L) {
-            for (int64_t c = 0; c < channels; ++c) V::store(o + c * out_channel, f * V::load_as(in + x + c * channel));
         } else {
             for (int64_t c = 0; c < channels; ++c) {
                 alignas(64) T t[L] = {};
