@@ -319,7 +319,7 @@ void check_variant(Tensors &tensors, const Results &exact, const Results &plain,
         if (pass == LOCALATTN_FORWARD && chance(random, 20)) {
             localattn_attention_params without_lse = params;
             without_lse.lse = {};
-            const std::vector<unsigned char> with = tensors.output.bytes();
+            const Bytes with = tensors.output.bytes();
             tensors.output.poison();
             if (call(&context, &without_lse) != LOCALATTN_OK)
                 return say("without lse: " + std::string(localattn_last_error()));
@@ -337,7 +337,7 @@ void check_variant(Tensors &tensors, const Results &exact, const Results &plain,
             context.workspace = nullptr;
             context.workspace_size = 0;
             Memory &memory = which == 0 ? tensors.grad_query : which == 1 ? tensors.grad_key : tensors.grad_value;
-            const std::vector<unsigned char> among = memory.bytes();
+            const Bytes among = memory.bytes();
             memory.poison();
             if (call(&context, &alone) != LOCALATTN_OK)
                 return say("one gradient alone: " + std::string(localattn_last_error()));

@@ -137,8 +137,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             const LanePlace place(rows, columns, warp.row, warp.column, p, r);
             if (place.exists)
-                write_row<C>(to + place.offset(a.grad_query_view, a.rows, a.columns, rows, columns), sum[p], r, a.scale,
-                             a.channels);
+                write_row(to + place.offset(a.grad_query_view, a.rows, a.columns, rows, columns), sum[p], r, a.scale,
+                          a.channels);
         }
 }
 
@@ -228,13 +228,13 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
         if (!place.exists) continue;
         if (with_key && a.grad_key) {
             T *to = a.grad_key + (block.batch * a.grad_key_view.batch + block.head * a.grad_key_view.head);
-            write_row<C>(to + place.offset(a.grad_key_view, a.rows, a.columns, rows, columns), key_sum, r, a.scale,
-                         a.channels);
+            write_row(to + place.offset(a.grad_key_view, a.rows, a.columns, rows, columns), key_sum, r, a.scale,
+                      a.channels);
         }
         if (with_value && a.grad_value) {
             T *to = a.grad_value + (block.batch * a.grad_value_view.batch + block.head * a.grad_value_view.head);
-            write_row<C>(to + place.offset(a.grad_value_view, a.rows, a.columns, rows, columns), value_sum, r, 1,
-                         a.value_channels);
+            write_row(to + place.offset(a.grad_value_view, a.rows, a.columns, rows, columns), value_sum, r, 1,
+                      a.value_channels);
         }
     }
 }

@@ -20,18 +20,20 @@ struct ForwardArguments {
     int32_t stage_columns;  // that fit a stage in shared memory
     float scale;            // its magnitude; the sign is in:
     uint32_t flip;          // the sign bits of a pair, or 0
+    int32_t part;           // of the output's channels, where a tile computes parts
 };
 
 template <class C>
 struct Accumulators {
     uint32_t query[C::patches][C::width / 16][4];
-    float output[C::patches][C::width / 8][4], top[C::patches][2], sum[C::patches][2];
+    float output[C::patches][C::sum_width / 8][4], top[C::patches][2], sum[C::patches][2];
 };
 
 // Adds one stage of keys, which starts at `stage` with `first_column` in its first slot.
 template <class C, class T>
 GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, const Box (&column_box)[C::patches],
-                         SharedAddress stage, SharedAddress values, int first_column, float scale_log2) {
+                         SharedAddress stage, SharedAddress values, int first_column, float scale_log2,
+                         int first_channel) {
     const int begin = column_box[0].all.begin, end = column_box[C::patches - 1].all.end;
     const ChunkReader<C> reader(stage, 4 * (begin - first_column));
 
@@ -78,7 +80,7 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
                     const float shrink = top[r] == old ? 1 : fast_exp2((old - top[r]) * scale_log2);
                     state.top[p][r] = top[r];
                     state.sum[p][r] *= shrink;
-                    GPU_UNROLL_FOR (int d = 0; d < C::width / 8; ++d) {
+                    GPU_UNROLL_FOR (int d = 0; d < C::sum_width / 8; ++d) {
                         state.output[p][d][2 * r] *= shrink;
                         state.output[p][d][2 * r + 1] *= shrink;
                     }
@@ -98,9 +100,10 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
 
         GPU_UNROLL_FOR (int c = 0; c < C::group; ++c) {
             if (group + 4 * c >= end) continue;
-            GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
+            GPU_UNROLL_FOR (int d = 0; d < C::sum_width / 16; ++d) {
                 uint32_t value[4];
-                reader.read_transposed(value, offset + values + SharedAddress(c * ChunkReader<C>::chunk_bytes), d);
+                reader.read_transposed(value, offset + values + SharedAddress(c * ChunkReader<C>::chunk_bytes),
+                                       first_channel / 16 + d);
                 GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
                     if (seen[p][c]) {
                         multiply_add(T(), state.output[p][2 * d], weight[p][c], value[0], value[1]);
@@ -137,6 +140,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
     const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
     loader.load(memory, first_row);
 
+    const int first_channel = C::parts == 1 ? 0 : a.part * C::sum_width;
     Accumulators<C> state;
     const T *query = a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
@@ -146,7 +150,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
             state.top[p][r] = -INFINITY;
             state.sum[p][r] = 0;
         }
-        GPU_UNROLL_FOR (int d = 0; d < C::width / 8; ++d)
+        GPU_UNROLL_FOR (int d = 0; d < C::sum_width / 8; ++d)
             GPU_UNROLL_FOR (int i = 0; i < 4; ++i) state.output[p][d][i] = 0;
     }
 
@@ -162,7 +166,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
         if (warp.works && stage_row < row_box.all.end && stage_row + C::stage_rows > row_box.all.begin) {
             window.enter_stage(stage_row, row_box);
             attend<C, T>(state, window, column_box, memory + SharedAddress(stage % 2) * stage_bytes, loader.second_at(),
-                         first_column, a.scale * log2_of_e);
+                         first_column, a.scale * log2_of_e, first_channel);
         }
         synchronize();
     }
@@ -176,9 +180,9 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
             const LanePlace place(rows, columns, warp.row, warp.column, p, r);
             if (!place.exists) continue;
             const int row = rows.position(a.rows, place.row), column = columns.position(a.columns, place.column);
-            write_row<C>(output + (row * a.output_view.row + column * a.output_view.column), state.output[p], r,
-                         sum == 0 ? 0 : fast_reciprocal(sum), a.value_channels);
-            if (a.lse && lane_index() % 4 == 0)
+            write_row(output + (row * a.output_view.row + column * a.output_view.column), state.output[p], r,
+                      sum == 0 ? 0 : fast_reciprocal(sum), a.value_channels, first_channel);
+            if (a.lse && first_channel == 0 && lane_index() % 4 == 0)
                 a.lse[block.batch * a.lse_view.batch + block.head * a.lse_view.head + row * a.lse_view.row +
                       column * a.lse_view.column] =
                     sum == 0 ? -INFINITY : state.top[p][r] * a.scale + fast_log2(sum) * (1 / log2_of_e);

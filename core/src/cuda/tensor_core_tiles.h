@@ -21,11 +21,13 @@
 
 namespace localattn::cuda {
 
-// Width: channels, rounded up to what the kernel is compiled for. A warp step computes `group` chunks at a time.
-template <int width_, int warp_rows_, int warp_columns_, int patches_, int group_, int blocks_>
+// Width: channels, rounded up to what the kernel is compiled for. A warp step computes `group` chunks at a time. Sums
+// as wide as the tile do not always fit the registers: a launch then computes one of `parts` of them.
+template <int width_, int warp_rows_, int warp_columns_, int patches_, int group_, int blocks_, int parts_ = 1>
 struct Tile {
     static constexpr int width = width_, warp_rows = warp_rows_, warp_columns = warp_columns_, patches = patches_;
-    static constexpr int group = group_, blocks = blocks_;
+    static constexpr int group = group_, blocks = blocks_, parts = parts_;
+    static constexpr int sum_width = width / parts;
     static constexpr int threads = warp_size * warp_rows * warp_columns;
     static constexpr int query_rows = 4 * warp_rows, query_columns = 4 * patches * warp_columns;
     static constexpr int slot_bytes = 2 * width, units = width / 8;  // of 16 bytes
@@ -161,11 +163,11 @@ GPU_FUNCTION void load_fragments(uint32_t (&fragments)[C::width / 16][4], const 
     }
 }
 
-// Writes row r of a patch's accumulators, times `factor`.
-template <class C, class T>
-GPU_FUNCTION void write_row(T *to, const float (&sum)[C::width / 8][4], int r, float factor, int channels) {
-    GPU_UNROLL_FOR (int d = 0; d < C::width / 8; ++d) {
-        const int channel = 8 * d + lane_index() % 4 * 2;
+// Writes row r of a patch's accumulators, times `factor`. They begin at channel `first`.
+template <int eights, class T>
+GPU_FUNCTION void write_row(T *to, const float (&sum)[eights][4], int r, float factor, int channels, int first = 0) {
+    GPU_UNROLL_FOR (int d = 0; d < eights; ++d) {
+        const int channel = first + 8 * d + lane_index() % 4 * 2;
         if (channel < channels) store_pair(to + channel, pack(T(), sum[d][2 * r] * factor, sum[d][2 * r + 1] * factor));
     }
 }

@@ -17,6 +17,10 @@ template <int width>
 struct ForwardTile : Tile<width, 2, 2, 2, width == 32 ? 4 : 2, 2> {};
 template <>
 struct ForwardTile<128> : Tile<128, 2, 2, 1, 2, 2> {};
+template <>
+struct ForwardTile<256> : Tile<256, 2, 2, 1, 1, 1, 2> {};
+
+constexpr int most_gradient_channels = 128;  // two tensors' rows of 256 do not fit the registers
 
 template <int width>
 struct GradQueryTile : Tile<width, 2, 4, 1, 1, 1> {};
@@ -32,7 +36,8 @@ auto with_width(const Problem &p, Visit visit) {
     const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels;
     if (widest <= 32) return visit(std::integral_constant<int, 32>());
     if (widest <= 64) return visit(std::integral_constant<int, 64>());
-    return visit(std::integral_constant<int, 128>());
+    if (widest <= 128) return visit(std::integral_constant<int, 128>());
+    return visit(std::integral_constant<int, 256>());
 }
 
 int64_t shared_bytes(const Problem &p, Pass pass) {
@@ -50,7 +55,10 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (const char *reason = declines_window(p)) return reason;
     if (p.scale == 0) return "the scale must not be 0";
     if (p.has_bias() || p.wants_bias_gradient()) return "takes no bias";
-    if (p.channels > 128 || p.value_channels > 128) return "computes at most 128 channels a head";
+    const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels;
+    if (widest > 256) return "computes at most 256 channels a head";
+    if (pass == Pass::backward && widest > most_gradient_channels)
+        return "computes gradients of at most 128 channels a head";
     if (p.channels % 8 || p.value_channels % 8) return "channels must be a multiple of 8";
 
     const bool backward = pass == Pass::backward;
@@ -85,8 +93,11 @@ const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
     a.stage_columns = int32_t(key_columns<C>(columns));
     a.scale = float(std::fabs(p.scale));
     a.flip = flip_for(p);
-    return launch(tensor_core_forward<C, T>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                  size_t(C::shared_bytes(a.stage_columns)), stream, a);
+    const char *error = nullptr;
+    for (a.part = 0; a.part < C::parts && !error; ++a.part)
+        error = launch(tensor_core_forward<C, T>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                       size_t(C::shared_bytes(a.stage_columns)), stream, a);
+    return error;
 }
 
 template <int width, class T>
@@ -115,7 +126,9 @@ const char *run_typed(const Problem &p, Pass pass, void *stream, void *memory) {
     if (const char *error = prepare<T>(p, pass, w, stream)) return error;
     return with_width(p, [&](auto width) {
         constexpr int channels = decltype(width)::value;
-        return pass == Pass::forward ? run_forward<channels, T>(p, w, stream) : run_backward<channels, T>(p, w, stream);
+        if (pass == Pass::forward) return run_forward<channels, T>(p, w, stream);
+        if constexpr (channels <= most_gradient_channels) return run_backward<channels, T>(p, w, stream);
+        return "declined";
     });
 }
 
