@@ -21,18 +21,23 @@ const Operation<localattn_routed_attention_params> operation = {
 std::string check(uint64_t seed, const std::string &variant, std::vector<std::string> &failures) {
     Random random(seed);
     const localattn_dtype dtypes[] = {LOCALATTN_FLOAT32, LOCALATTN_FLOAT64, LOCALATTN_FLOAT16, LOCALATTN_BFLOAT16};
-    const localattn_dtype dtype = dtypes[pick(random, 0, 3)];
+    // What tensor cores take.
+    const bool tiled = tested_device == LOCALATTN_CUDA && chance(random, 50);
+    const localattn_dtype dtype = dtypes[pick(random, tiled ? 2 : 0, 3)];
     const Element element = element_of(dtype), wide = wide_element_of(dtype);
-    const int64_t batch = pick(random, 0, 20) ? pick(random, 1, 2) : 0, heads = pick(random, 1, 3);
-    const int64_t channels = pick(random, 1, chance(random, 20) ? 40 : 9);
-    const int64_t width = pick(random, 1, chance(random, 20) ? 40 : 9);
-    const int64_t grid[2] = {chance(random, 3) ? 0 : pick(random, 1, 4), pick(random, 1, 4)};
-    const bool large = chance(random, 15);
+    // An emulated device is slow.
+    const bool large = chance(random, 15), small = large && tested_device == LOCALATTN_CUDA;
+    const int64_t batch = pick(random, 0, 20) ? pick(random, 1, 2) : 0, heads = small ? 1 : pick(random, 1, 3);
+    const auto pick_channels = [&] {
+        return tiled ? 8 * pick(random, 1, chance(random, 30) ? 16 : 8) : pick(random, 1, chance(random, 20) ? 40 : 9);
+    };
+    const int64_t channels = pick_channels(), width = pick_channels();
+    const int64_t grid[2] = {chance(random, 3) ? 0 : pick(random, 1, small ? 1 : 4), pick(random, 1, small ? 2 : 4)};
     const int64_t rq[2] = {pick(random, 1, large ? 12 : 5), pick(random, 1, large ? 20 : 5)};
     const bool same = chance(random, 50);
     const int64_t rk[2] = {same ? rq[0] : pick(random, 1, 4), same ? rq[1] : pick(random, 1, large ? 18 : 4)};
-    const int64_t regions = grid[0] * grid[1], topk = chance(random, 5) ? 0 : pick(random, 1, 4);
-    const bool plain = chance(random, 40), weighted = chance(random, 50), has_grad_lse = chance(random, 40);
+    const int64_t regions = grid[0] * grid[1], topk = chance(random, 5) ? 0 : pick(random, 1, small ? 2 : 4);
+    const bool plain = tiled || chance(random, 40), weighted = chance(random, 50), has_grad_lse = chance(random, 40);
     const bool has_scale = chance(random, 50);
     const double scale = has_scale ? double(pick(random, -8, 16)) / 16 : 1 / std::sqrt(double(channels));
     const double magnitude = chance(random, 20) ? 6 : 1;

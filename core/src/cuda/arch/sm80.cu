@@ -5,6 +5,7 @@
 #include "../tensor_core_backward.h"
 #include "../tensor_core_forward.h"
 #include "../variant.h"
+#include "sm80_operators.h"
 #include "tiled_backward.h"
 
 namespace localattn::cuda {
@@ -140,7 +141,14 @@ const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
 }  // namespace
 
 extern const Variant sm80_variant;
-const Variant sm80_variant = {
-    "cuda_sm80", "tensor cores, float16 and bfloat16, from compute capability 8.0", 80, declines, workspace_bytes, run};
+const Variant sm80_variant = {"cuda_sm80",
+                              "tensor cores, float16 and bfloat16, from compute capability 8.0",
+                              80,
+                              declines,
+                              workspace_bytes,
+                              run,
+                              nullptr,
+                              nullptr,
+                              &sm80_routed_attention};
 
 }  // namespace localattn::cuda
