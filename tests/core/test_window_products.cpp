@@ -71,6 +71,12 @@ const Operation<localattn_weighting_params> weighting = {localattn_weighting_for
 std::string check(uint64_t seed, const std::string &variant, std::vector<std::string> &failures) {
     Config c = random_config(seed, 60e3);
     Random random(c.seed);
+    if (tested_device == LOCALATTN_CUDA && chance(random, 60)) {  // what its tiled kernels take
+        constexpr int64_t widths[] = {20, 32, 40, 64, 100, 128, 256};
+        c.dtype = LOCALATTN_FLOAT32;
+        c.plain_layout = true;
+        c.channels = chance(random, 20) ? widths[pick(random, 0, 6)] : 4 * pick(random, 1, 4);
+    }
     const Element element = element_of(c.dtype);
     const int64_t *sq = c.query_extent, *sk = c.key_extent;
     const int64_t window = c.raster_causal ? c.window() / 2 + 1 : c.window();

@@ -20,7 +20,11 @@ import sys
 # Kernel -> instructions it must hold: product, load from shared memory, asynchronous copy.
 PIPELINE = ("HMMA", "LDSM", "LDGSTS")
 FAST = {f"tensor_core_{name}": PIPELINE for name in ("forward", "grad_query", "grad_key")}
-FAST |= {f"simt_{name}": ("FFMA", "LDS", "LDGSTS") for name in ("forward", "grad_query", "grad_key")}
+FAST |= {f"tensor_core_routed_{name}": PIPELINE for name in ("forward", "grad_query", "grad_key")}
+FAST |= {
+    name: ("FFMA", "LDS", "LDGSTS")
+    for name in ("simt_forward", "simt_grad_query", "simt_grad_key", "simt_window_product")
+}
 
 
 def find_cuobjdump(given):

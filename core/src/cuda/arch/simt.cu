@@ -6,6 +6,7 @@
 #include "../simt_backward.h"
 #include "../simt_forward.h"
 #include "../variant.h"
+#include "simt_operators.h"
 #include "tiled_backward.h"
 
 namespace localattn::cuda {
@@ -103,7 +104,12 @@ const char *run(const Problem &p, Pass pass, void *stream, void *memory) {
 }  // namespace
 
 extern const Variant simt_variant;
-const Variant simt_variant = {
-    "cuda_simt", "tiled float32 without tensor cores, from compute capability 8.0", 80, declines, workspace_bytes, run};
+const Variant simt_variant = {"cuda_simt",
+                              "tiled float32 without tensor cores, from compute capability 8.0",
+                              80,
+                              declines,
+                              workspace_bytes,
+                              run,
+                              &simt_window_products};
 
 }  // namespace localattn::cuda
