@@ -6,8 +6,8 @@
 HERE char __libc_single_threaded;
 
 /* std::__throw_bad_array_new_length() */
-_Noreturn void __cxa_throw_bad_array_new_length(void);
-HERE _Noreturn void throw_bad_array_new_length(void) __asm__("_ZSt28__throw_bad_array_new_lengthv");
+__attribute__((noreturn)) void __cxa_throw_bad_array_new_length(void);
+HERE __attribute__((noreturn)) void throw_bad_array_new_length(void) __asm__("_ZSt28__throw_bad_array_new_lengthv");
 void throw_bad_array_new_length(void) { __cxa_throw_bad_array_new_length(); }
 
 /* A std::exception_ptr is one pointer. Its copy constructor and its destructor have been in libstdc++ from the start;
