@@ -72,11 +72,7 @@ def run(package: Path, device: Path, *command: str) -> str:
     return result.stdout
 
 
-def test_operators_on_emulated_devices(package, device, kernels):
-    shutil.copy(kernels, package / "localattn/lib/liblocalattn_cuda.so")
-    report = run(package, device, "tests/python/test_cuda.py")
-    assert " passed" in report
-
-
-def test_cuda_tensor_on_a_build_for_the_cpu(package, device):
+def test_without_and_with_kernels(package, device, kernels):
     run(package, device, "tests/python/cuda_without_kernels.py")
+    shutil.copy(kernels, package / "localattn/lib/liblocalattn_cuda.so")
+    assert " passed" in run(package, device, "tests/python/test_cuda.py")
