@@ -266,7 +266,7 @@ GPU_FUNCTION void write_pixel(const RoutedArguments<T> &a, const RegionMap &map,
                               int channels) {
     if (place.pixel(r) >= map.pixels) return;
     T *const to = tensor.head(place.batch, place.head) + a.offset(map, tensor.view, place.region, place.pixel(r));
-    write_row<C>(to, sum, r, factor, channels);
+    write_row(to, sum, r, factor, channels);
 }
 
 // Products over channels of the warp's rows and a chunk's slots.
