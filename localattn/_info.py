@@ -118,8 +118,27 @@ def _gpu() -> list[tuple[str, str]]:
         return [*facts, ("device", "none that torch can use")]
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        facts.append((f"device {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"))
+        name = torch.cuda.get_device_name(index)
+        facts.append((f"device {index}", f"{name}, compute capability {major}.{minor}: {_code_for(major, minor)}"))
     return facts
+
+
+def _code_for(major: int, minor: int) -> str:
+    """What of the kernels' code a device of this compute capability runs: machine code serves its major version from
+    its minor version on, and the newest is there as PTX too, for what comes later."""
+    try:
+        listed = re.search(r"compute capabilities ([\d, ]+)", _library.build_info())
+    except OSError:
+        listed = None
+    if listed is None:
+        return "nothing here is for GPUs"
+    built = sorted(map(int, listed[1].split(",")))
+    capability = 10 * major + minor
+    if fitting := [number for number in built if number // 10 == major and number <= capability]:
+        return f"runs the machine code of sm_{fitting[-1]}"
+    if capability > built[-1]:
+        return f"the driver compiles the PTX of compute_{built[-1]} for it"
+    return f"too old: the kernels are for {', '.join(f'{n // 10}.{n % 10}' for n in built)} and later"
 
 
 def _driver() -> str:

@@ -116,7 +116,13 @@ const char *localattn_version(void) {
         LOCALATTN_VERSION_PATCH);
 }
 
-const char *localattn_build_info(void) { return LOCALATTN_BUILD_INFO; }
+const char *localattn_build_info(void) {
+#ifdef LOCALATTN_CUDA_BUILD
+    return LOCALATTN_BUILD_INFO "; " LOCALATTN_CUDA_BUILD;
+#else
+    return LOCALATTN_BUILD_INFO;
+#endif
+}
 
 const char *localattn_last_error(void) { return last_error(); }
 
