@@ -178,6 +178,7 @@ def test_compile():
 
 
 @needs_gpu
+@pytest.mark.unpoisoned  # torch has no deterministic CUDA kernel for all that this calls
 def test_second_derivatives():
     x = random(1, 4, 5, 1, 4, dtype=torch.float64).cuda().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: localattn.local_attention(x, x, x, 3), (x,), fast_mode=True)
@@ -194,6 +195,7 @@ MODULES = {
 
 
 @needs_gpu
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_train(name):
     torch.manual_seed(0)
