@@ -22,10 +22,12 @@ inline int32_t device_of(const std::string &variant) {
 }
 
 #if LOCALATTN_ON_GPU
+constexpr bool on_gpu = true;
 template <class T>
 using Vector = localattn::cuda::DeviceVector<T>;
 inline const char *finish_device() { return localattn::cuda::finish(); }
 #else
+constexpr bool on_gpu = false;
 template <class T>
 using Vector = std::vector<T>;
 inline const char *finish_device() { return nullptr; }

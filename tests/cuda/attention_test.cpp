@@ -446,6 +446,7 @@ void check(const cuda::Variant &variant, Trial t, unsigned seed, bool forward, b
 // no other.
 void check_containment(const cuda::Variant &variant) {
     constexpr int side = 9, channels = 4;
+    cuda::DeviceVector<float> lse(side * side, NAN);
     const auto run = [&](bool spoilt) {
         cuda::DeviceVector<float> inputs(3 * side * side * channels, 0), output(side * side * channels, NAN);
         for (size_t i = 0; i < inputs.size(); i++) inputs[i] = float(i * 7 % 11) / 8 - 0.5f;
@@ -462,6 +463,7 @@ void check_containment(const cuda::Variant &variant) {
         Tensor *const tensors[] = {&p.query, &p.key, &p.value, &p.output};
         for (Tensor *t : tensors) t->axis[1] = side * channels, t->axis[2] = channels, t->channel = 1;
         p.query.data = data, p.key.data = key, p.value.data = value, p.output.data = output.data();
+        p.lse.data = lse.data(), p.lse.axis[1] = side, p.lse.axis[2] = 1;
         const char *error = variant.run(p, Pass::forward, nullptr, nullptr);
         if (!error) error = cuda::finish();
         if (error) std::printf("FAIL containment: %s\n", error), failures++;
@@ -479,6 +481,7 @@ void check_containment(const cuda::Variant &variant) {
                 else if (!sees_infinity)
                     good = good && spoilt[i] == clean[i];
             }
+    good = good && lse[7 * side + 1] == INFINITY && std::isnan(spoilt[(7 * side + 1) * channels]);  // a score is
     failures += !good;
     std::printf("%s %s keeps NaN and infinity inside their windows\n", good ? "ok  " : "FAIL", variant.name);
 }

@@ -19,10 +19,10 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_forward(GPU_ARGUMENT Prob
                 Real score;
                 if (!score_of<T>(p, query, entry, score)) return;
                 if (score > top) {  // a NaN never is: it makes the total NaN below
-                    const Real shrink = exponential(top - score);
+                    const Real next = finite_score(score), shrink = exponential(top - next);
                     total *= shrink;
                     sum.scale(shrink);
-                    top = score;
+                    top = next;
                 }
                 const Real weight = score == -Real(INFINITY) ? Real(0) : exponential(score - top);
                 total += weight;

@@ -80,10 +80,10 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_routed_forward(GPU_ARGUME
             for_each_key<T>(p, query, [&](const Site &key, Real weight) {
                 const Real score = weight * routed_score<T>(p, query, key);
                 if (score > top) {  // a NaN never is: it makes the total NaN below
-                    const Real shrink = exponential(top - score);
+                    const Real next = finite_score(score), shrink = exponential(top - next);
                     total *= shrink;
                     sum.scale(shrink);
-                    top = score;
+                    top = next;
                 }
                 const Real probability = score == -Real(INFINITY) ? Real(0) : exponential(score - top);
                 total += probability;
@@ -136,7 +136,7 @@ GPU_FUNCTION RoutedPair<Accumulator<T>> routed_pair(const RoutedBackwardArgument
     if (lse == -Real(INFINITY)) return {0, 0, 0, 0};
     RoutedPair<Real> pair;
     pair.score = routed_score<T>(p, query, key);
-    pair.probability = exponential(weight * pair.score - lse);
+    pair.probability = exponential(weight * pair.score - finite_lse(lse));
     pair.by_probability = dot(query_row<const T>(p, p.grad_output, query), p.grad_output.channel,
                               key_row<const T>(p, p.value, key), p.value.channel, p.value_channels);
     const int64_t index =

@@ -11,6 +11,17 @@ namespace localattn::cuda {
 
 using namespace gpu;
 
+// Scores of +infinity: relative to the largest finite number their weight and its sum are +infinity, as is the
+// log-sum-exp, and the output is NaN. In the backward all weights of such a query are NaN, as in the forward.
+GPU_FUNCTION float finite_score(float score) { return score > 3.402823466e38f ? 3.402823466e38f : score; }
+GPU_FUNCTION double finite_score(double score) {
+    return score > 1.7976931348623157e308 ? 1.7976931348623157e308 : score;
+}
+template <class Real>
+GPU_FUNCTION Real finite_lse(Real lse) {
+    return lse == Real(INFINITY) ? Real(NAN) : lse;
+}
+
 // Coordinates of one row of a tensor.
 struct Place {
     int64_t batch, head, at[3];
@@ -199,7 +210,7 @@ GPU_FUNCTION bool pair_gradient(const Problem &p, const Query &query, const Entr
         gradient.weight = gradient.by_score = 0;
         return true;
     }
-    gradient.weight = exponential(score - lse);
+    gradient.weight = exponential(score - finite_lse(lse));
     Real by_weight = 0;
     if (entry.is_key)
         by_weight = dot(row_of<const T>(p.grad_output, query.place), p.grad_output.channel,
