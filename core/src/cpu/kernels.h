@@ -2,6 +2,7 @@
 #pragma once
 #include "../variant.h"
 #include "backward.h"
+#include "blocked_attention.h"
 #include "forward.h"
 #include "linear_attention.h"
 #include "routed_attention.h"
@@ -96,6 +97,7 @@ static size_t run_pass(const Problem &problem, const PlanOptions &options, const
 
 template <class V>
 static size_t run_all(const Problem &problem, Pass pass, const Codec<V> &codec, const Workers &workers, void *memory) {
+    if (Blocked<V>::takes(problem, pass)) return Blocked<V>{problem, codec}.run(pass, workers, memory);
     if (pass == Pass::forward)
         return run_pass<V, ForwardWorker<V>>(problem, options_for<V>(Side::query, true, workers.count), codec, workers,
                                              false, memory);

@@ -154,6 +154,23 @@ LOCALATTN_INLINE void unpack_by_channel(const Codec<V> &codec, const typename V:
         }
     });
 }
+// The inverse of pack_by_position, from position 0 on; `scratch` has room for 64 * V::lanes elements.
+template <class V>
+LOCALATTN_INLINE void unpack_by_position(const Codec<V> &codec, const typename V::T *from, const Tensor &t,
+                                         const Sequence &s, int64_t count, int64_t channels, typename V::T factor,
+                                         typename V::T *scratch) {
+    const int64_t row = whole_lanes(channels, V::lanes);
+    each_run(s, 0, count, [&](int64_t i, int64_t offset, int64_t run) {
+        for (int64_t x = 0; x < run; x += 64) {
+            const int64_t n = least(64, run - x);
+            for (int64_t c = 0; c < channels; c += V::lanes) {
+                for (int64_t y = 0; y < n; ++y) V::store(scratch + y * V::lanes, V::load(from + (i + x + y) * row + c));
+                codec.unpack(scratch, static_cast<int>(least(V::lanes, channels - c)), n, V::all(factor),
+                             at(codec, t, offset + x * s.position + c * t.channel), t.channel, s.position);
+            }
+        }
+    });
+}
 // One number a position, of the compute type.
 template <class V>
 LOCALATTN_INLINE void read_numbers(const Tensor &t, const Sequence &s, int64_t first, int64_t count,
