@@ -8,6 +8,7 @@ namespace {
 
 struct Avx2 {
     static constexpr int register_bytes = 32, registers = 16;
+    static constexpr bool scales = false;  // has fraction and scale
 
     template <class Reg>
     static inline __attribute__((always_inline)) void hold(Reg &x) {

@@ -11,11 +11,18 @@ namespace {
 
 struct Avx512 {
     static constexpr int register_bytes = 64, registers = 32;
+    static constexpr bool scales = true;
 
     template <class Reg>
     static inline __attribute__((always_inline)) void hold(Reg &x) {
         asm("" : "+v"(x));
     }
+    // x less the nearest integer; 0 for infinity.
+    static inline __attribute__((always_inline)) __m512 fraction(__m512 x) {
+        return _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    // p * 2^n
+    static inline __attribute__((always_inline)) __m512 scale(__m512 p, __m512 n) { return _mm512_scalef_ps(p, n); }
     static inline __attribute__((always_inline)) __m512 widen(const float16 *p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
     }
