@@ -32,21 +32,26 @@ class RelativePositionLogits(nn.Module):
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """``query (B, H, W, heads, D)`` to the logits of the rows and of the columns of each query's window,
         ``(B, H, W, heads, window)`` each."""
-        rows = self._along(query, self.height_rel)
-        columns = self._along(query.transpose(1, 2), self.width_rel).transpose(1, 2)
-        return rows, columns
+        batch, height, width, heads, _ = query.shape
+        block = self.block_size
+        below, right = -height % block, -width % block
+        if below or right:  # the last blocks are cut off by the map's edge
+            query = F.pad(query, (0, 0, 0, 0, 0, right, 0, below))
+        maps = query.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (N, D, H, W) with N = B * heads
+        # Products per place in the block, on copies whose fastest axis stays the map's.
+        by_row = maps.unflatten(2, (-1, block)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (N * blocks, block, D, W)
+        rows = self._offsets(self.height_rel) @ by_row
+        rows = rows.unflatten(0, (batch, heads, (height + below) // block)).flatten(2, 3).permute(0, 2, 4, 1, 3)
+        by_column = maps.unflatten(3, (-1, block)).permute(4, 1, 0, 2, 3)  # (block, D, N, H, blocks)
+        columns = torch.bmm(self._offsets(self.width_rel), by_column.flatten(2)).unflatten(2, by_column.shape[2:])
+        columns = columns.permute(2, 1, 3, 4, 0).flatten(3).unflatten(0, (batch, heads)).permute(0, 3, 4, 1, 2)
+        return rows[:, :height, :width], columns[:, :height, :width]
 
-    def _along(self, query: Tensor, table: Tensor) -> Tensor:
-        # One row of offsets per place in the block: (block, window, D).
-        place = torch.arange(self.block_size, device=query.device)[:, None]
-        entry = torch.arange(self.window, device=query.device)
-        offsets = table[entry - place + self.window - 1]
-        length = query.shape[1]
-        incomplete = -length % self.block_size
-        if incomplete:  # the last block is cut off by the map's edge
-            query = F.pad(query, (0, 0, 0, 0, 0, 0, 0, incomplete))
-        logits = torch.einsum("bniwhd,iud->bniwhu", query.unflatten(1, (-1, self.block_size)), offsets)
-        return logits.flatten(1, 2)[:, :length]
+    def _offsets(self, table: Tensor) -> Tensor:
+        """The rows of the table that each place in the block sees, ``(block, window, D)``."""
+        place = torch.arange(self.block_size, device=table.device)[:, None]
+        entry = torch.arange(self.window, device=table.device)
+        return table[entry - place + self.window - 1]
 
 
 class HaloAttn(nn.Module):
