@@ -311,16 +311,12 @@ struct Blocked {
     void load_statistics(const Block &x, const Buffers &w) const {
         read_numbers<V>(p.lse, queries(p.lse, x), x.first, x.count, w.lse);
         if (p.grad_lse.data) read_numbers<V>(p.grad_lse, queries(p.grad_lse, x), x.first, x.count, w.delta);
-        const reg lowest = V::all(-T(__builtin_inf()));
         for (int64_t i = 0; i < x.wide(); i += V::lanes) {
-            const reg lse = V::load(w.lse + i);
             reg sum{};
             for (int64_t e = 0; e < p.value_channels; ++e)
                 sum += V::load(w.grad_o + e * row + i) * V::load(w.o + e * row + i);
             if (p.grad_lse.data) sum -= V::load(w.delta + i);
-            // A query without keys weighs nothing, and its delta cannot matter.
-            V::store(w.lse + i, lse == lowest ? -lowest : lse * T(log2_e));
-            V::store(w.delta + i, lse == lowest ? reg{} : sum);
+            store_statistics<V>(V::load(w.lse + i) * T(log2_e), sum, w.lse + i, w.delta + i);
         }
     }
     // s to p, dp to ds; adds ds to the biases' gradients.

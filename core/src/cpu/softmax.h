@@ -33,8 +33,7 @@ struct StreamedSoftmax {
             if (k < n) m0 = V::max(V::load(s + k * row + i), m0);
             m0 = V::max(m0, m1);
             V::store(x.maximum + i, m0);
-            // Nothing but -infinity yet: any finite shift gives weights of zero.
-            const reg shift = m0 == lowest ? reg{} : m0;
+            const reg shift = V::shift_of(m0);
             const reg decay = V::exp2(before - shift);
             reg t0 = decay * V::load(x.total + i), t1{};
             for (k = 0; k + 2 <= n; k += 2) {
@@ -59,7 +58,7 @@ struct StreamedSoftmax {
                                  T *lse) {
         for (int64_t i = 0; i < wide; i += V::lanes) {
             const reg total = V::load(x.total + i);
-            const reg inverse = total == reg{} ? reg{} : V::all(T(1)) / total;
+            const reg inverse = V::inverse_of(total);
             for (int64_t e = 0; e < channels; ++e) V::store(sum + e * row + i, inverse * V::load(sum + e * row + i));
             V::store(lse + i, (V::load(x.maximum + i) + V::log2(total)) * T(0.693147180559945309417));
         }
