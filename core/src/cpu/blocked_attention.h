@@ -93,13 +93,14 @@ struct Blocked {
         for (int a = 1; a < 3; ++a) {
             const Axis &axis = p.axis[a];
             if (axis.causal || axis.dilation != 1 || axis.keys == 0) return false;
-            const Tensor &t = p.grad_axis_bias[a];
-            // A gradient that sums over a broadcast axis meets other jobs'.
-            if (pass == Pass::backward && t.data &&
-                ((t.batch == 0 && p.batch > 1) || (t.head == 0 && p.heads > 1) ||
-                 (t.axis[1] == 0 && p.axis[1].queries > 1) || (t.axis[2] == 0 && p.axis[2].queries > 1) ||
-                 (t.channel == 0 && axis.kernel > 1)))
-                return false;
+            // A gradient that sums over a broadcast axis meets other jobs'. Asked of the bias too, so that no gradient
+            // depends on which others are wanted.
+            const auto sums = [&](const Tensor &t) {
+                return t.data && ((t.batch == 0 && p.batch > 1) || (t.head == 0 && p.heads > 1) ||
+                                  (t.axis[1] == 0 && p.axis[1].queries > 1) ||
+                                  (t.axis[2] == 0 && p.axis[2].queries > 1) || (t.channel == 0 && axis.kernel > 1));
+            };
+            if (sums(p.axis_bias[a]) || (pass == Pass::backward && sums(p.grad_axis_bias[a]))) return false;
             blocks *= query_runs(axis, nullptr).count;
             queries *= axis.queries;
         }
