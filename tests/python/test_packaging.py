@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +83,9 @@ def test_other_names_are_refused(packaging, wheel: Path, distribution: str, loca
 def test_a_wheel_is_split_by_torch_and_listed(packaging, wheel: Path, tmp_path: Path) -> None:
     universal = packaging["relabel"].relabelled(wheel, "localattn-cpu")
     split, site = tmp_path / "split", tmp_path / "site"
-    subprocess.run([sys.executable, PACKAGING / "split.py", universal, "--into", split], check=True)
+    # The tests run without the scripts' directories on sys.path.
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGING)}
+    subprocess.run([sys.executable, PACKAGING / "split.py", universal, "--into", split], check=True, env=environment)
     wheels = {path.name.split("+")[1].split("-")[0]: path for path in split.iterdir()}
     assert set(wheels) == {"torch2.4", "torch2.10"}
     names = check_record(wheels["torch2.10"])
