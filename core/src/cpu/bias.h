@@ -2,8 +2,6 @@
 //
 // bias[q, u] = entry bias[q, u] + table[key - centre] + sum over axes of axis bias[q, u of that axis].
 #pragma once
-#include <utility>
-
 #include "bias_groups.h"
 #include "ring.h"
 
@@ -36,13 +34,6 @@ LOCALATTN_INLINE int64_t query_offset(const Tensor &t, const BiasRow &row) {
 }
 LOCALATTN_INLINE int64_t table_offset(const Tensor &t, const BiasRow &row) {
     return row.head * t.head + row.relative0 * t.axis[0] + row.relative1 * t.axis[1];
-}
-
-// One element per lane. As one expression: written to memory element by element and loaded as a register it would wait
-// for the stores.
-template <class V, class Element, size_t... Lane>
-LOCALATTN_INLINE typename V::reg gather_all(const Element *p, int64_t step, std::index_sequence<Lane...>) {
-    return typename V::reg{load_as<typename V::T>(p + static_cast<int64_t>(Lane) * step)...};
 }
 
 // s[slot][lane] += factor * bias, for all slots of a tile.
@@ -101,8 +92,7 @@ static void add_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row,
             const int64_t step = t.query * period;
             if (whole) {
                 data += pattern.shared[slot] * t.entry;
-                sum += step == 0 ? V::all(load_as<T>(data))
-                                 : gather_all<V>(data, step, std::make_index_sequence<V::lanes>());
+                sum += step == 0 ? V::all(load_as<T>(data)) : gather<V>(data, step, V::lanes, T(0));
             } else {
                 alignas(64) T value[V::lanes];
                 for (int l = 0; l < V::lanes; ++l)

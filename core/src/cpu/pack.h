@@ -3,6 +3,8 @@
 // Bytes: every element is read or written once; a block of lanes x lanes is transposed in registers when channels are
 // contiguous (channels-last), copied when positions are (channels-first), gathered one by one otherwise.
 #pragma once
+#include <utility>
+
 #include "vector.h"
 
 namespace localattn::cpu {
@@ -150,10 +152,18 @@ static void unpack(const typename V::T *in, int count, int64_t channels, typenam
     }
 }
 
+// One element per lane, as one expression: written to memory one by one and loaded as a register they would wait for
+// the stores.
+template <class V, class Element, size_t... Lane>
+LOCALATTN_INLINE typename V::reg gather_all(const Element *p, int64_t position, std::index_sequence<Lane...>) {
+    return typename V::reg{load_as<typename V::T>(p + static_cast<int64_t>(Lane) * position)...};
+}
+
 // One vector of `count` scalars at a stride; the other lanes are `rest`.
 template <class V, class Element>
 LOCALATTN_INLINE typename V::reg gather(const Element *p, int64_t position, int count, typename V::T rest) {
     using T = typename V::T;
+    if (count == V::lanes) return gather_all<V>(p, position, std::make_index_sequence<V::lanes>());
     alignas(64) T t[V::lanes];
     for (int l = 0; l < V::lanes; ++l) t[l] = l < count ? load_as<T>(p + l * position) : rest;
     return V::load(t);
