@@ -9,16 +9,21 @@ option(LOCALATTN_MANYLINUX "Link for manylinux_2_28 on a machine with a newer gl
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
     set(oldest_version GLIBC_2.2.5)
+    set(oldest_version_of_dlmopen GLIBC_2.3.4)
 else()
     set(oldest_version GLIBC_2.17)  # aarch64
 endif()
 set(LOCALATTN_MANYLINUX_LIBRARIES libm.so.6 libdl.so.2 libpthread.so.0 librt.so.1)
 set(libm.so.6 exp exp2 log log2 pow)
-set(libdl.so.2 dladdr dlclose dlerror dlopen dlsym dlvsym)
-set(libpthread.so.0 pthread_create pthread_detach pthread_join pthread_key_create pthread_key_delete pthread_once
-    pthread_getspecific pthread_setspecific pthread_mutex_trylock pthread_mutexattr_init pthread_mutexattr_destroy
-    pthread_mutexattr_settype pthread_rwlock_init pthread_rwlock_destroy pthread_rwlock_rdlock pthread_rwlock_wrlock
-    pthread_rwlock_unlock sem_init sem_destroy sem_post sem_wait sem_trywait sem_timedwait)
+set(libdl.so.2 dladdr dlclose dlerror dlmopen dlopen dlsym dlvsym)
+set(libpthread.so.0 pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join
+    pthread_key_create pthread_key_delete pthread_kill pthread_mutex_trylock pthread_mutexattr_destroy
+    pthread_mutexattr_init pthread_mutexattr_setpshared pthread_mutexattr_settype pthread_once pthread_rwlock_destroy
+    pthread_rwlock_init pthread_rwlock_rdlock pthread_rwlock_timedrdlock pthread_rwlock_timedwrlock
+    pthread_rwlock_tryrdlock pthread_rwlock_trywrlock pthread_rwlock_unlock pthread_rwlock_wrlock
+    pthread_rwlockattr_destroy pthread_rwlockattr_init pthread_rwlockattr_setpshared pthread_setspecific
+    pthread_spin_destroy pthread_spin_init pthread_spin_lock pthread_spin_trylock pthread_spin_unlock sem_destroy sem_init
+    sem_post sem_timedwait sem_trywait sem_wait)
 set(librt.so.1 shm_open shm_unlink)
 
 if(LOCALATTN_MANYLINUX)
@@ -27,8 +32,21 @@ if(LOCALATTN_MANYLINUX)
         list(TRANSFORM ${library} REPLACE "(.+)" "void \\1(void) {}\n" OUTPUT_VARIABLE definitions)
         string(CONCAT definitions ${definitions})
         file(CONFIGURE OUTPUT ${path}.c CONTENT "${definitions}")
-        list(JOIN ${library} "; " functions)
-        file(CONFIGURE OUTPUT ${path}.map CONTENT "${oldest_version} { global: ${functions}; };\n")
+        foreach(function IN LISTS ${library})
+            set(version ${oldest_version})
+            if(DEFINED oldest_version_of_${function})
+                set(version ${oldest_version_of_${function}})
+            endif()
+            string(APPEND functions_of_${version} " ${function};")
+            list(APPEND ${library}_versions ${version})
+        endforeach()
+        list(REMOVE_DUPLICATES ${library}_versions)
+        set(map "")
+        foreach(version IN LISTS ${library}_versions)
+            string(APPEND map "${version} { global:${functions_of_${version}} };\n")
+            unset(functions_of_${version})
+        endforeach()
+        file(CONFIGURE OUTPUT ${path}.map CONTENT "${map}")
         add_library(${library} SHARED ${path}.c)
         set_target_properties(${library} PROPERTIES PREFIX "" OUTPUT_NAME ${library} SUFFIX "" NO_SONAME ON
             LIBRARY_OUTPUT_DIRECTORY ${PROJECT_BINARY_DIR}/manylinux)
