@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 
-FLAVOURS = ("cpu", "cu121", "cu124", "cu126", "cu128", "cu130")
+FLAVOURS = ("cpu", "cu121", "cu124", "cu126", "cu128", "cu130", "cu132")
 OLDEST = (2, 4)
 INDEX = "https://download.pytorch.org/whl/{flavour}"
 PYTHON = "3.11"  # there is a wheel of every torch since 2.4 for it
@@ -28,7 +28,8 @@ def main() -> None:
     flavours, pairs = [], []
     for flavour in FLAVOURS:
         index = options.index.format(flavour=flavour)
-        chosen = newest(releases(index))
+        # Whatever else pip is told to look at has no such versions.
+        chosen = newest([version for version in releases(index) if version.endswith(f"+{flavour}")])
         if not chosen:
             sys.exit(f"{index} has no torch from {OLDEST[0]}.{OLDEST[1]} on")
         machines = ["x86_64", "aarch64"] if flavour == "cpu" else ["x86_64"]

@@ -6,6 +6,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ PACKAGING = Path(__file__).parents[2] / "packaging"
 
 FILES = {
     "localattn/__init__.py": "",
-    "localattn/lib/liblocalattn.so.0": "the core",
+    "localattn/lib/liblocalattn.so.0.1": "the core",
     "localattn/lib/localattn_torch-2.4-abi0.so": "for 2.4",
     "localattn/lib/localattn_torch-2.10-abi1.so": "for 2.10",
     "localattn-0.1.0.dist-info/METADATA": "Metadata-Version: 2.4\nName: localattn\nVersion: 0.1.0\n\nName: a text\n",
@@ -91,13 +92,33 @@ def test_a_wheel_is_split_by_torch_and_listed(packaging, wheel: Path, tmp_path: 
     names = check_record(wheels["torch2.10"])
     assert "localattn/lib/localattn_torch-2.10-abi1.so" in names
     assert "localattn/lib/localattn_torch-2.4-abi0.so" not in names
-    assert "localattn/lib/liblocalattn.so.0" in names
+    assert "localattn/lib/liblocalattn.so.0.1" in names
     listing = [sys.executable, PACKAGING / "index.py", *wheels.values(), universal, "--into", site]
     subprocess.run(listing, check=True)
     page = site / "cpu" / "torch2.10" / "localattn-cpu"
     assert "localattn_cpu-0.1.0%2Btorch2.10-py3" in (page / "index.html").read_text()
     assert page.joinpath(wheels["torch2.10"].name).read_bytes() == wheels["torch2.10"].read_bytes()
     assert {path.parent.name for path in site.glob("cpu/*/index.html")} == {"torch2.4", "torch2.10"}
+
+
+def test_pairs_are_those_of_the_indexes(packaging, tmp_path: Path) -> None:
+    """Where cu121 stopped at torch 2.5, and everything else is younger."""
+    for flavour in packaging["pairs"].FLAVOURS:
+        versions = ["2.3.1", "2.4.0", "2.4.1", "2.5.1"] if flavour == "cu121" else ["2.13.0", "2.14.0", "2.14.1"]
+        files = [f"torch-{version}+{flavour}-cp311-cp311-manylinux_2_28_x86_64.whl" for version in versions]
+        files.append("torch-2.15.0-cp311-cp311-manylinux_2_28_x86_64.whl")  # from somewhere else
+        folder = tmp_path / flavour / "torch"
+        folder.mkdir(parents=True)
+        folder.joinpath("index.html").write_text("\n".join(f'<a href="{name}">{name}</a>' for name in files))
+    command = [sys.executable, PACKAGING / "pairs.py", "--index", tmp_path.as_uri() + "/{flavour}"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment["PIP_CONFIG_FILE"] = os.devnull
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    flavours, pairs = (json.loads(line.partition("=")[2]) for line in output.splitlines())
+    assert {entry["torch"] for entry in flavours if entry["cuda"] == "cu121"} == {"2.4.1 2.5.1"}
+    assert {entry["torch"] for entry in flavours if entry["cuda"] != "cu121"} == {"2.13.0 2.14.1"}
+    assert {entry["cuda"] for entry in pairs if entry["machine"] == "aarch64"} == {"cpu"}
+    assert len(pairs) == 2 * len(flavours) == 2 * (len(packaging["pairs"].FLAVOURS) + 1)
 
 
 def test_the_newest_release_of_each_minor_version_counts(packaging) -> None:
