@@ -160,7 +160,8 @@ class _CVariantInfo(ctypes.Structure):
 @functools.cache
 def core() -> ctypes.CDLL:
     """The core library. Raises OSError where it is not installed or does not load."""
-    library = ctypes.CDLL(str(max(library_directory().glob("liblocalattn.so.*"))))
+    found = library_directory().glob("liblocalattn.so.*")
+    library = ctypes.CDLL(str(max(found, key=lambda path: _number(path.name.partition(".so.")[2]))))
     library.localattn_version.restype = ctypes.c_char_p
     library.localattn_build_info.restype = ctypes.c_char_p
     return library

@@ -167,7 +167,7 @@ def test_two_flavours_are_noticed(installation: Installation) -> None:
         assert told in result.warnings
     shutil.rmtree(installation.lib)
     installation.lib.mkdir()
-    installation.lib.joinpath("liblocalattn.so.0").write_text("")
+    installation.lib.joinpath("liblocalattn.so.0.1").write_text("")
     assert "Besides: localattn-cpu 0.1.0 and localattn-cu121 0.0.9" in installation.run().output
 
 

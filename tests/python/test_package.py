@@ -57,10 +57,21 @@ def test_cmake_root_entry_point(cmake_package: str) -> None:
     assert (root / "lib" / "cmake" / "localattn").samefile(cmake_package)
 
 
+def soname() -> str:
+    """Until 1.0 a minor version may change what programs rely on."""
+    major, minor, _ = _library.version().split(".")
+    return f"liblocalattn.so.{major}" if int(major) else f"liblocalattn.so.{major}.{minor}"
+
+
+def test_programs_ask_for_the_versions_that_serve_them(cmake_package: str) -> None:
+    dynamic = commands("readelf", "-dW", Path(cmake_package).parents[1] / soname())
+    assert f"Library soname: [{soname()}]" in dynamic
+
+
 def test_the_library_exports_what_the_header_declares(cmake_package: str) -> None:
     library = Path(cmake_package).parents[1]
     commands(
-        "cmake", "-DNM=nm", f"-DLIBRARY={library}/liblocalattn.so.{_library.version().partition('.')[0]}",
+        "cmake", "-DNM=nm", f"-DLIBRARY={library / soname()}",
         f"-DHEADER={library.parent}/include/localattn/localattn.h",
         "-P", ROOT / "tests" / "core" / "exported_symbols.cmake",
     )  # fmt: skip
