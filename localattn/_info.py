@@ -143,12 +143,12 @@ def _code_for(major: int, minor: int) -> str:
 
 def _driver() -> str:
     """The NVIDIA driver's version and the CUDA version it serves."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        return f"none: {error}"
     number = ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(number)) != 0:
+    try:
+        result = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError) as error:  # AttributeError: a library of that name that is no driver
+        return f"none: {error}"
+    if result != 0:
         return "libcuda.so.1 does not tell its version"
     serves = f"serves CUDA {number.value // 1000}.{number.value % 1000 // 10}"
     try:

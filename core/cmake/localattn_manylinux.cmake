@@ -4,7 +4,9 @@
 # The linker binds each function to the newest version that this machine's glibc has. A few got a new version after 2.28
 # (exp and log lost a wrapper; the functions of libdl and libpthread moved to libc in 2.34), while the old versions are
 # still there, in every later glibc. So the linker is first shown libraries of the same names in which these functions
-# have their oldest version alone. They are seen at link time only. What libstdc++ lacks stands in old_libstdcxx.c.
+# have their oldest version alone, and does not look into the machine's own any more: what is called from libm, libdl,
+# libpthread and librt stands here, whether or not it changed. They are seen at link time only. What libstdc++ lacks
+# stands in old_libstdcxx.c.
 option(LOCALATTN_MANYLINUX "Link for manylinux_2_28 on a machine with a newer glibc and libstdc++" OFF)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
@@ -14,7 +16,7 @@ else()
     set(oldest_version GLIBC_2.17)  # aarch64
 endif()
 set(LOCALATTN_MANYLINUX_LIBRARIES libm.so.6 libdl.so.2 libpthread.so.0 librt.so.1)
-set(libm.so.6 exp exp2 log log2 pow)
+set(libm.so.6 exp exp2 log log2 pow sqrt)
 set(libdl.so.2 dladdr dlclose dlerror dlmopen dlopen dlsym dlvsym)
 set(libpthread.so.0 pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join
     pthread_key_create pthread_key_delete pthread_kill pthread_mutex_trylock pthread_mutexattr_destroy

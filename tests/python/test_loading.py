@@ -212,3 +212,13 @@ def test_info_compares_a_gpu_with_the_code_that_is_there(
 
     monkeypatch.setattr(_library, "build_info", lambda: "GNU 12; CUDA 13.0.1, compute capabilities 75, 80, 86, 90")
     assert told in _info._code_for(*capability)
+
+
+def test_info_tells_a_driver_from_a_library_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ctypes
+
+    from localattn import _info
+
+    mathematics = ctypes.CDLL("libm.so.6")
+    monkeypatch.setattr(_info.ctypes, "CDLL", lambda name: mathematics)
+    assert re.search("^none: .*cuDriverGetVersion", _info._driver())

@@ -35,8 +35,8 @@ Opened open_module() {
     const std::string path = own_folder() + module_file;
     if (access(path.c_str(), F_OK) != 0) {
         opened.problem =
-            "this localattn was built for the CPU alone; install a localattn package for CUDA (localattn-cu130, "
-            "-cu128, -cu126, -cu124 or -cu121), or build with -DLOCALATTN_CUDA=ON (its " +
+            "this localattn was built for the CPU alone; install a localattn package for CUDA (localattn-cu132, "
+            "-cu130, -cu128, -cu126, -cu124 or -cu121), or build with -DLOCALATTN_CUDA=ON (its " +
             std::string(module_file) + " belongs beside liblocalattn)";
         return opened;
     }
