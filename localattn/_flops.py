@@ -12,11 +12,22 @@ import functools
 import math
 
 import torch
+from torch.utils import flop_counter
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from ._arguments import WindowOptions
+
+
+def register_flop_formula(operator):
+    """torch.utils.flop_counter's, and a cure for torch 2.4, which registers what its own counter does not look up."""
+
+    def register(formula):
+        flop_counter.register_flop_formula(operator)(formula)
+        flop_counter.flop_registry.setdefault(operator, flop_counter.flop_registry.get(operator.default))
+        return formula
+
+    return register
 
 
 @functools.lru_cache(maxsize=256)

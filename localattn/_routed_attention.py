@@ -7,9 +7,9 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
+from ._flops import register_flop_formula
 from ._memory_order import empty_ordered_as
 from ._vmap import mapped_into_batch
 

@@ -7,10 +7,9 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ._arguments import WindowOptions
-from ._flops import _pairs
+from ._flops import _pairs, register_flop_formula
 from ._memory_order import empty_ordered_as
 from ._vmap import mapped_into_batch
 

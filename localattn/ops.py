@@ -308,7 +308,8 @@ def _native_arguments(
             raise ValueError(f"axis_bias must be a list of one tensor or None for each of the {rank} spatial axes")
         axis_biases = (*axis_bias, *(None,) * (3 - rank))
     optional = {"key_mask": key_mask, "bias": bias, "rel_pos_bias": rel_pos_bias}
-    optional |= {f"axis_bias[{axis}]": tensor for axis, tensor in enumerate(axis_biases)}
+    # Not |=, which torch 2.4 cannot compile.
+    optional.update({f"axis_bias[{axis}]": tensor for axis, tensor in enumerate(axis_biases)})
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     _check_tensors({"query": query, "key": key, "value": value, **given})
     if not enable_gqa and key.dim() == query.dim() and key.shape[-2] != query.shape[-2]:
