@@ -442,48 +442,67 @@ void check(const cuda::Variant &variant, Trial t, unsigned seed, bool forward, b
     }
 }
 
-// A NaN in one value and an infinity in one key reach the queries whose windows hold them and, in the generic variant,
-// no other.
-void check_containment(const cuda::Variant &variant) {
-    constexpr int side = 9, channels = 4;
-    cuda::DeviceVector<float> lse(side * side, NAN);
+// A NaN in one value and an infinite score reach the queries whose windows hold them and what those touch in the
+// backward: such a score makes the log-sum-exp infinite and the rest NaN. Nothing else is reached in the generic
+// variant, and in the tiled ones nothing outside the tiles that hold such queries.
+void check_containment(const cuda::Variant &variant, Dtype dtype, const cuda::Device &device) {
+    constexpr int side = 28, channels = 8, nan_at = 3, infinity_at = 24;
+    const int spread = variant.declines(Problem(), Pass::forward, device) ? 8 : 0;  // the generic one declines nothing
     const auto run = [&](bool spoilt) {
-        cuda::DeviceVector<float> inputs(3 * side * side * channels, 0), output(side * side * channels, NAN);
-        for (size_t i = 0; i < inputs.size(); i++) inputs[i] = float(i * 7 % 11) / 8 - 0.5f;
-        float *const data = inputs.data(), *const key = data + side * side * channels,
-                     *const value = 2 * side * side * channels + data;
-        if (spoilt) {
-            value[(4 * side + 4) * channels] = NAN;
-            key[(8 * side + 0) * channels + 1] = INFINITY;
+        Random random(1);
+        std::vector<Stored> all(9);
+        for (size_t i = 0; i < all.size(); i++) {
+            const bool is_lse = i == 4;
+            all[i].lay_out(random, is_lse && dtype != Dtype::float64 ? Dtype::float32 : dtype,
+                           {1, 1, side, side, 1, is_lse ? 1 : channels}, std::vector<bool>(6, false), true);
+            if (i < 3 || i == 5) all[i].each([&](int64_t at, int64_t n) { all[i].set(at, double(n % 11 + 1) / 16); });
         }
+        Stored &key = all[1], &value = all[2];
+        if (spoilt) value.set(value.offset({0, 0, nan_at, nan_at, 0, 0}), NAN);
+        if (spoilt) key.set(key.offset({0, 0, infinity_at, infinity_at, 0, 1}), INFINITY);
         Problem p;
+        p.dtype = dtype;
         p.batch = p.heads = p.kv_heads = 1;
         p.channels = p.value_channels = channels;
         for (int a = 1; a < 3; a++) p.axis[a].queries = p.axis[a].keys = side, p.axis[a].kernel = 3;
-        Tensor *const tensors[] = {&p.query, &p.key, &p.value, &p.output};
-        for (Tensor *t : tensors) t->axis[1] = side * channels, t->axis[2] = channels, t->channel = 1;
-        p.query.data = data, p.key.data = key, p.value.data = value, p.output.data = output.data();
-        p.lse.data = lse.data(), p.lse.axis[1] = side, p.lse.axis[2] = 1;
-        const char *error = variant.run(p, Pass::forward, nullptr, nullptr);
-        if (!error) error = cuda::finish();
-        if (error) std::printf("FAIL containment: %s\n", error), failures++;
-        return output;
+        Tensor *const tensors[] = {&p.query,       &p.key,        &p.value,    &p.output,    &p.lse,
+                                   &p.grad_output, &p.grad_query, &p.grad_key, &p.grad_value};
+        for (size_t i = 0; i < all.size(); i++) *tensors[i] = all[i].tensor();
+        for (const Pass pass : {Pass::forward, Pass::backward}) {
+            if (variant.declines(p, pass, device)) return std::vector<Stored>();
+            cuda::DeviceVector<double> workspace(variant.workspace(p, pass) / 8 + 1, NAN);
+            const char *error = variant.run(p, pass, nullptr, workspace.data());
+            if (!error) error = cuda::finish();
+            if (error) std::printf("FAIL containment: %s\n", error), failures++;
+        }
+        return all;
     };
-    const auto clean = run(false), spoilt = run(true);
-    bool good = true;
-    for (int y = 0; y < side; y++)
-        for (int x = 0; x < side; x++)
-            for (int c = 0; c < channels; c++) {
-                const size_t i = size_t((y * side + x) * channels + c);
-                const bool sees_nan = std::abs(y - 4) <= 1 && std::abs(x - 4) <= 1, sees_infinity = y >= 7 && x <= 1;
-                if (sees_nan && c == 0)
-                    good = good && std::isnan(spoilt[i]);
-                else if (!sees_infinity)
-                    good = good && spoilt[i] == clean[i];
-            }
-    good = good && lse[7 * side + 1] == INFINITY && std::isnan(spoilt[(7 * side + 1) * channels]);  // a score is
-    failures += !good;
-    std::printf("%s %s keeps NaN and infinity inside their windows\n", good ? "ok  " : "FAIL", variant.name);
+    const std::vector<Stored> clean = run(false), spoilt = run(true);
+    if (clean.empty()) return;
+    int wrong = 0;
+    const auto within = [](int y, int x, int centre, int distance) {
+        return std::max(std::abs(y - centre), std::abs(x - centre)) <= distance;
+    };
+    constexpr size_t lse = 4;
+    for (const size_t i : {size_t(3), lse, size_t(6), size_t(7), size_t(8)}) {
+        const Stored &result = spoilt[i];
+        const int reach = i < 7 ? 1 : 2;  // of the queries around a fault; of the keys that these see
+        for (int y = 0; y < side; y++)
+            for (int x = 0; x < side; x++)
+                for (int c = 0; c < result.extent[5]; c++) {
+                    const int64_t at = result.offset({0, 0, y, x, 0, c});
+                    const double got = result.get(at);
+                    if (within(y, x, infinity_at, reach))
+                        wrong += i == lse ? got != INFINITY : !std::isnan(got);
+                    else if (within(y, x, nan_at, reach) && (i == 6 || i == 7 || (i == 3 && c == 0)))
+                        wrong += !std::isnan(got);
+                    else if (!within(y, x, infinity_at, reach + spread) && !within(y, x, nan_at, reach + spread))
+                        wrong += got != clean[i].get(at);
+                }
+    }
+    failures += wrong != 0;
+    std::printf("%s %s %s: where NaN and infinity go (%d wrong)\n", wrong ? "FAIL" : "ok  ", variant.name,
+                name_of(dtype), wrong);
 }
 
 }  // namespace
@@ -517,7 +536,10 @@ int main(int argc, char **argv) {
             check(variant, trial, seed, forward, backward);
         }
     }
-    check_containment(*cuda::variants[cuda::variant_count - 1]);
+    for (int32_t v = 0; v < cuda::variant_count; v++)
+        for (int dtype = 0; dtype < 4; dtype++)
+            if (device.capability >= cuda::variants[v]->capability)
+                check_containment(*cuda::variants[v], Dtype(dtype), device);
     for (const auto &[name, error] : worst_seen)
         std::printf("  worst %-50s %.3f of what is allowed\n", name.c_str(), error);
     for (const auto &[name, count] : taken) {

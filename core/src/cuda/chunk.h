@@ -1,6 +1,6 @@
-// How the generic kernels share out work: one warp for each item, its lanes sharing the channels. A warp holds up to
-// `chunk` channels of a result in registers and goes over its terms once for each chunk, so widths to 256 are computed
-// in one pass and any other width is possible.
+// How the generic kernels share out work: one warp for each item, its lanes sharing the channels. A warp holds a
+// chunk of a result's channels in registers and goes over the terms once for each chunk, so widths to 256 (of float64:
+// to 128) are computed in one pass and any other width is possible.
 #pragma once
 #include <type_traits>
 
@@ -14,8 +14,6 @@ using namespace gpu;
 
 constexpr int generic_threads = 256;
 constexpr int generic_warps = generic_threads / warp_size;
-constexpr int chunk_registers = 8;
-constexpr int64_t chunk = chunk_registers * warp_size;
 
 GPU_FUNCTION int64_t first_warp() { return int64_t(block_index().x) * generic_warps + thread_index() / warp_size; }
 GPU_FUNCTION int64_t warp_step() { return int64_t(grid_extent().x) * generic_warps; }
@@ -38,25 +36,27 @@ GPU_FUNCTION Real sum_of_warps(Real value) {
 // The chunk of a row of channels that a warp works on: lane l has channels first + l, first + l + 32, ...
 template <class Real>
 struct Chunk {
+    static constexpr int numbers = 32 / sizeof(Real);
+    static constexpr int64_t width = numbers * warp_size;
     int64_t first;
-    Real value[chunk_registers];
+    Real value[numbers];
 
     GPU_METHOD explicit Chunk(int64_t from) : first(from) {
-        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) value[i] = 0;
+        GPU_UNROLL_FOR (int i = 0; i < numbers; ++i) value[i] = 0;
     }
     GPU_METHOD void scale(Real factor) {
-        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) value[i] *= factor;
+        GPU_UNROLL_FOR (int i = 0; i < numbers; ++i) value[i] *= factor;
     }
     template <class T>
     GPU_METHOD void add(Real factor, const T *row, int64_t stride, int64_t channels) {
-        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) {
+        GPU_UNROLL_FOR (int i = 0; i < numbers; ++i) {
             const int64_t c = first + i * warp_size + lane_index();
             if (c < channels) value[i] += factor * widen(row[c * stride]);
         }
     }
     template <class T>
     GPU_METHOD void write(T *row, int64_t stride, int64_t channels) const {
-        GPU_UNROLL_FOR (int i = 0; i < chunk_registers; ++i) {
+        GPU_UNROLL_FOR (int i = 0; i < numbers; ++i) {
             const int64_t c = first + i * warp_size + lane_index();
             if (c < channels) narrow(value[i], row[c * stride]);
         }

@@ -12,7 +12,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_forward(GPU_ARGUMENT Prob
     using Real = Accumulator<T>;
     for (int64_t index = first_warp(); index < query_count(p); index += warp_step()) {
         const Query query = query_at(p, index);
-        for (int64_t first = 0; first < p.value_channels; first += chunk) {
+        for (int64_t first = 0; first < p.value_channels; first += Chunk<Real>::width) {
             Chunk<Real> sum(first);
             Real top = -Real(INFINITY), total = 0;
             for_each_entry(p, query, [&](const Entry &entry) {
@@ -63,7 +63,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_query(GPU_ARGUMENT B
     const Problem &p = arguments.problem;
     for (int64_t index = first_warp(); index < query_count(p); index += warp_step()) {
         const Query query = query_at(p, index);
-        for (int64_t first = 0; first < p.channels; first += chunk) {
+        for (int64_t first = 0; first < p.channels; first += Chunk<Real>::width) {
             Chunk<Real> sum(first);
             for_each_entry(p, query, [&](const Entry &entry) {
                 PairGradient<Real> pair;
@@ -85,7 +85,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUME
     const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels, group = p.heads / p.kv_heads;
     for (int64_t index = first_warp(); index < key_count(p); index += warp_step()) {
         const Place key = key_at(p, index);
-        for (int64_t first = 0; first < widest; first += chunk) {
+        for (int64_t first = 0; first < widest; first += Chunk<Real>::width) {
             Chunk<Real> key_sum(first), value_sum(first);
             for_each_query(p, key, [&](Query &query, const Entry &entry) {
                 PairGradient<Real> pair;

@@ -74,7 +74,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_routed_forward(GPU_ARGUME
     using Real = Accumulator<T>;
     for (int64_t index = first_warp(); index < query_count(p); index += warp_step()) {
         const Site query = Site::at(p, index, p.queries());
-        for (int64_t first = 0; first < p.value_channels; first += chunk) {
+        for (int64_t first = 0; first < p.value_channels; first += Chunk<Real>::width) {
             Chunk<Real> sum(first);
             Real top = -Real(INFINITY), total = 0;
             for_each_key<T>(p, query, [&](const Site &key, Real weight) {
@@ -152,7 +152,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1)
     const RoutedProblem &p = arguments.problem;
     for (int64_t index = first_warp(); index < query_count(p); index += warp_step()) {
         const Site query = Site::at(p, index, p.queries());
-        for (int64_t first = 0; first < p.channels; first += chunk) {
+        for (int64_t first = 0; first < p.channels; first += Chunk<Real>::width) {
             Chunk<Real> sum(first);
             for_each_key<T>(p, query, [&](const Site &key, Real weight) {
                 const Real by_score = routed_pair(arguments, query, key, weight).by_score;
@@ -175,7 +175,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1)
         const Site key = Site::at(p, index, p.keys());
         const int64_t begin = arguments.inverse.first(p, key.batch, key.region);
         const int64_t end = arguments.inverse.first(p, key.batch, key.region + 1);
-        for (int64_t first = 0; first < widest; first += chunk) {
+        for (int64_t first = 0; first < widest; first += Chunk<Real>::width) {
             Chunk<Real> key_sum(first), value_sum(first);
             for (int64_t i = begin; i < end; ++i) {
                 const Choice choice = arguments.inverse.at(p, key.batch, i);

@@ -50,7 +50,7 @@ template <class T>
 GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_weigh(GPU_ARGUMENT WindowProduct p) {
     for (int64_t index = first_warp(); index < query_count(p); index += warp_step()) {
         const Query query = query_at(p, index);
-        for (int64_t first = 0; first < p.channels; first += chunk) {
+        for (int64_t first = 0; first < p.channels; first += Chunk<Accumulator<T>>::width) {
             Chunk<Accumulator<T>> sum(first);
             for_each_entry(p, query, [&](const Entry &entry) {
                 if (entry.is_key)
@@ -67,7 +67,7 @@ template <class T>
 GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_transposed(GPU_ARGUMENT WindowProduct p) {
     for (int64_t index = first_warp(); index < key_count(p); index += warp_step()) {
         const Place key = key_at(p, index);
-        for (int64_t first = 0; first < p.channels; first += chunk) {
+        for (int64_t first = 0; first < p.channels; first += Chunk<Accumulator<T>>::width) {
             Chunk<Accumulator<T>> sum(first);
             for_each_query(p, key, [&](Query &query, const Entry &entry) {
                 query.place.head = key.head;

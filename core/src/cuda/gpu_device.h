@@ -28,6 +28,11 @@ GPU_FUNCTION int count_bits(uint32_t bits) { return __popc(bits); }
 GPU_FUNCTION float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(~0u, value, lanes); }
 // A value that is the same in all lanes, so that the compiler knows it, too: branches on it need no convergence.
 GPU_FUNCTION int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+// The same value, of which the compiler knows nothing: what follows from it is not computed ahead.
+GPU_FUNCTION int64_t opaque(int64_t value) {
+    asm volatile("" : "+l"(value));
+    return value;
+}
 // A butterfly over groups of so many neighbouring lanes: the same bits in every lane of a group.
 template <int group = warp_size, class Real>
 GPU_FUNCTION Real warp_sum(Real value) {
@@ -84,17 +89,31 @@ LOCALATTN_MULTIPLY_ADD(bfloat16, "bf16")
 LOCALATTN_MULTIPLY_ADD(float16, "f16")
 #undef LOCALATTN_MULTIPLY_ADD
 
-// 16 bytes, or zeros when !inside (the source is then not read).
+// 16 bytes, or zeros when !inside (the source is then not read). Before compute capability 8.0 the thread waits for
+// them.
 GPU_FUNCTION void copy_async(SharedAddress to, const void *from, bool inside) {
+#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                  "r"(inside ? 16 : 0)
                  : "memory");
+#else
+    const uint4 value = inside ? __ldg(static_cast<const uint4 *>(from)) : uint4{0, 0, 0, 0};
+    asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+#endif
 }
-GPU_FUNCTION void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+GPU_FUNCTION void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
 // Waits until at most `pending` of this thread's newest groups are in flight.
 template <int pending>
 GPU_FUNCTION void copy_wait() {
+#if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
 }
 
 GPU_FUNCTION uint32_t load_pair(const void *from) { return __ldg(static_cast<const uint32_t *>(from)); }

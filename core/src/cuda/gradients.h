@@ -16,6 +16,13 @@ struct Statistics {
     float delta;
 };
 
+// Of a query that sees nothing: +infinity makes its weights 0.
+template <class T>
+GPU_FUNCTION Statistics query_statistics(float lse, float delta) {
+    constexpr float base = sizeof(T) == 2 ? log2_of_e : 1;
+    return {lse == -INFINITY ? INFINITY : finite_lse(lse) * base, delta};
+}
+
 constexpr int statistics_threads = 256;
 
 struct StatisticsArguments {
@@ -26,7 +33,6 @@ struct StatisticsArguments {
 template <class T>
 GPU_KERNEL void GPU_BOUNDS(statistics_threads, 1) fill_statistics(GPU_ARGUMENT StatisticsArguments arguments) {
     const Problem &p = arguments.problem;
-    constexpr float base = sizeof(T) == 2 ? log2_of_e : 1;
     constexpr int warps = statistics_threads / warp_size;
     const int64_t queries = query_count(p), step = int64_t(grid_extent().x) * warps;
     for (int64_t index = int64_t(block_index().x) * warps + thread_index() / warp_size; index < queries;
@@ -40,9 +46,8 @@ GPU_KERNEL void GPU_BOUNDS(statistics_threads, 1) fill_statistics(GPU_ARGUMENT S
         float delta = dot(row_of<const T>(p.grad_output, place), p.grad_output.channel,
                           row_of<const T>(p.output, place), p.output.channel, p.value_channels);
         if (p.grad_lse.data) delta -= *row_of<const float>(p.grad_lse, place);
-        // A query that sees nothing: +infinity makes its weights 0.
-        const float lse = *row_of<const float>(p.lse, place);
-        if (lane_index() == 0) arguments.statistics[index] = {lse == -INFINITY ? INFINITY : lse * base, delta};
+        if (lane_index() == 0)
+            arguments.statistics[index] = query_statistics<T>(*row_of<const float>(p.lse, place), delta);
     }
 }
 

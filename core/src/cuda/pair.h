@@ -5,22 +5,12 @@
 #include "../scalar.h"
 #include "../window.h"
 #include "gpu.h"
+#include "softmax.h"
 #include "transposed_window.h"
 
 namespace localattn::cuda {
 
 using namespace gpu;
-
-// Scores of +infinity: relative to the largest finite number their weight and its sum are +infinity, as is the
-// log-sum-exp, and the output is NaN. In the backward all weights of such a query are NaN, as in the forward.
-GPU_FUNCTION float finite_score(float score) { return score > 3.402823466e38f ? 3.402823466e38f : score; }
-GPU_FUNCTION double finite_score(double score) {
-    return score > 1.7976931348623157e308 ? 1.7976931348623157e308 : score;
-}
-template <class Real>
-GPU_FUNCTION Real finite_lse(Real lse) {
-    return lse == Real(INFINITY) ? Real(NAN) : lse;
-}
 
 // Coordinates of one row of a tensor.
 struct Place {
@@ -147,6 +137,9 @@ GPU_FUNCTION void for_each_query(const Problem &p, const Place &key, Visit visit
             query.place.at[1] = query1, query.window[1] = window1, at[1] = entry1;
             for_each_query_of_key(p.axis[2], key.at[2], [&](int64_t query2, const Window &window2, int64_t entry2) {
                 query.place.at[2] = query2, query.window[2] = window2, at[2] = entry2;
+                // Or addresses in ten tensors are made ready loop by loop, and spilled.
+
+                query.place.at[0] = opaque(query0), query.place.at[1] = opaque(query1);
                 if (find_entry(p, query, at, entry)) visit(query, entry);
             });
         });

@@ -57,7 +57,7 @@ GPU_FUNCTION void attend_keys(StripSoftmax<C> &state, const Strip<C> &strip, Sha
         }
     }
     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) {
-        const float base = state.top[q] == -INFINITY ? 0 : state.top[q] * scale_log2;
+        const float base = softmax_base(state.top[q] * scale_log2);
         GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) {
             score[q][j] = fast_exp2(score[q][j] * scale_log2 - base);
             state.sum[q] += score[q][j];

@@ -9,10 +9,9 @@
 #pragma once
 #include "../scalar.h"
 #include "ranges.h"
+#include "softmax.h"
 
 namespace localattn::cuda {
-
-constexpr float log2_of_e = 1.44269504f;
 
 // Element strides. Rows and columns of one image are addressed in 32 bits: 64-bit offsets triple the loader's work.
 struct View {

@@ -87,7 +87,7 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
                 }
             }
             float base[2];
-            GPU_UNROLL_FOR (int r = 0; r < 2; ++r) base[r] = top[r] == -INFINITY ? 0 : top[r] * scale_log2;
+            GPU_UNROLL_FOR (int r = 0; r < 2; ++r) base[r] = softmax_base(top[r] * scale_log2);
             GPU_UNROLL_FOR (int c = 0; c < C::group; ++c)
                 GPU_UNROLL_FOR (int h = 0; h < 4; ++h) {
                     const float *pair = score[p][c][h / 2] + h % 2 * 2;

@@ -307,8 +307,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1)
     for (int64_t index = first_warp(); index < query_count(p); index += warp_step()) {
         const Site query = Site::at(p, index, p.queries());
         const float delta = routed_delta<T>(p, query), lse = *query_row<const float>(p, p.lse, query);
-        // A query that sees nothing: +infinity makes its weights 0.
-        if (lane_index() == 0) arguments.statistics[index] = {lse == -INFINITY ? INFINITY : lse * log2_of_e, delta};
+        if (lane_index() == 0) arguments.statistics[index] = query_statistics<T>(lse, delta);
     }
 }
 
@@ -363,7 +362,7 @@ GPU_KERNEL void GPU_BOUNDS(C::most_threads, 2) tensor_core_routed_forward(GPU_AR
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             high[r] = fmaxf(high[r], shuffle_xor(high[r], 1));
             high[r] = fmaxf(high[r], shuffle_xor(high[r], 2));
-            base[r] = high[r] == -INFINITY ? 0 : high[r];
+            base[r] = softmax_base(high[r]);
         }
         if (any_in_warp(high[0] > top[0] || high[1] > top[1])) {
             GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {

@@ -51,7 +51,9 @@ inline const char *declines_window(const Problem &p) {
         return "takes no empty maps";
     if (p.raster) return "a raster-causal window is no rectangle";
     if (p.key_mask.data) return "takes no key mask";
-    if (!(std::fabs(p.scale) < 1e30)) return "the scale must be less than 1e30";
+    const double magnitude = std::fabs(p.scale);
+    if (p.scale != 0 && !(magnitude > 1e-30 && magnitude < 1e30))
+        return "the scale must be 0, or from 1e-30 to 1e30 in magnitude";
     for (const Axis *x : {&rows, &columns})
         if (x->dilation > 1 && x->queries != x->keys) return "dilation needs as many queries as keys";
     return nullptr;

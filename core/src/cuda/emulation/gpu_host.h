@@ -139,6 +139,7 @@ GPU_FUNCTION int uniform(int value, int line = __builtin_LINE()) {
         line);
     return value;
 }
+GPU_FUNCTION int64_t opaque(int64_t value) { return value; }
 GPU_FUNCTION float shuffle_xor(float value, int lanes, int line = __builtin_LINE()) {
     emulation::Shuffle shuffle{value, lanes, 0};
     emulation::Machine::current().collective<emulation::Shuffle>(
