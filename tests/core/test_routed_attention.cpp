@@ -21,15 +21,19 @@ const Operation<localattn_routed_attention_params> operation = {
 std::string check(uint64_t seed, const std::string &variant, std::vector<std::string> &failures) {
     Random random(seed);
     const localattn_dtype dtypes[] = {LOCALATTN_FLOAT32, LOCALATTN_FLOAT64, LOCALATTN_FLOAT16, LOCALATTN_BFLOAT16};
-    // What tensor cores take.
-    const bool tiled = tested_device == LOCALATTN_CUDA && chance(random, 50);
-    const localattn_dtype dtype = dtypes[pick(random, tiled ? 2 : 0, 3)];
+    // On a GPU every kernel in turn: each dtype, and each width of what tensor cores take.
+    const bool on_gpu = tested_device == LOCALATTN_CUDA, tiled = on_gpu && seed % 2;
+    const int64_t widest = int64_t(32) << seed / 4 % 3;
+    const localattn_dtype dtype = dtypes[tiled    ? 2 + seed / 2 % 2
+                                         : on_gpu ? seed / 2 % 4
+                                                  : uint64_t(pick(random, 0, 3))];
     const Element element = element_of(dtype), wide = wide_element_of(dtype);
     // An emulated device is slow.
-    const bool large = chance(random, 15), small = large && tested_device == LOCALATTN_CUDA;
+    const bool large = chance(random, 15), small = large && on_gpu;
     const int64_t batch = pick(random, 0, 20) ? pick(random, 1, 2) : 0, heads = small ? 1 : pick(random, 1, 3);
     const auto pick_channels = [&] {
-        return tiled ? 8 * pick(random, 1, chance(random, 30) ? 16 : 8) : pick(random, 1, chance(random, 20) ? 40 : 9);
+        return tiled ? 8 * pick(random, widest == 32 ? 1 : widest / 16 + 1, widest / 8)
+                     : pick(random, 1, chance(random, 20) ? 40 : 9);
     };
     const int64_t channels = pick_channels(), width = pick_channels();
     const int64_t grid[2] = {chance(random, 3) ? 0 : pick(random, 1, small ? 1 : 4), pick(random, 1, small ? 2 : 4)};

@@ -71,11 +71,15 @@ const Operation<localattn_weighting_params> weighting = {localattn_weighting_for
 std::string check(uint64_t seed, const std::string &variant, std::vector<std::string> &failures) {
     Config c = random_config(seed, 60e3);
     Random random(c.seed);
-    if (tested_device == LOCALATTN_CUDA && chance(random, 60)) {  // what its tiled kernels take
-        constexpr int64_t widths[] = {20, 32, 40, 64, 100, 128, 256};
-        c.dtype = LOCALATTN_FLOAT32;
-        c.plain_layout = true;
-        c.channels = chance(random, 20) ? widths[pick(random, 0, 6)] : 4 * pick(random, 1, 4);
+    if (tested_device == LOCALATTN_CUDA) {  // every kernel in turn: each dtype, and each width of the tiled ones
+        const bool tiled = seed % 2;
+        const int64_t widest = int64_t(32) << seed / 2 % 4;
+        c.dtype = tiled ? LOCALATTN_FLOAT32 : static_cast<localattn_dtype>(seed / 2 % 4);
+        if (tiled) {
+            c.plain_layout = true;
+            c.raster_causal = false;
+            c.channels = 4 * pick(random, widest == 32 ? 1 : widest / 8 + 1, widest / 4);
+        }
     }
     const Element element = element_of(c.dtype);
     const int64_t *sq = c.query_extent, *sk = c.key_extent;

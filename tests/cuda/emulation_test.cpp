@@ -127,13 +127,14 @@ void matrix_row_outside(Buffers b) {
 
 int failures = 0;
 
-void check(const char *name, void (*kernel)(Buffers), const char *expected) {
+template <auto kernel>
+void check(const char *name, const char *expected) {
     alignas(16) const uint32_t source[8] = {3, 3, 3, 3, 3, 3, 3, 3};
     uint32_t results[threads] = {};
     for (const bool broken : {false, true}) {
         std::string caught = "nothing";
         try {
-            launch(kernel, {1, 1, 1}, threads, 1024, nullptr, Buffers{source, results, broken});
+            launch<kernel>({1, 1, 1}, threads, 1024, nullptr, Buffers{source, results, broken});
         } catch (const emulation::Misuse &misuse) {
             caught = misuse.what();
         }
@@ -166,24 +167,24 @@ void arithmetic(Buffers b) {
 }  // namespace
 
 int main() {
-    check("barrier between write and read", exchange, "uninitialised");
-    check("barrier between read and next write", reuse, "race with an earlier read");
-    check("read of unwritten memory", unwritten, "uninitialised");
-    check("index past the end", past_the_end, "out of bounds");
-    check("index below the start", below_the_start, "out of bounds");
-    check("misaligned address", misaligned, "misaligned");
-    check("wait count", pipeline, "in flight");
-    check("barrier after a copy", copied_without_barrier, "race");
-    check("copy never waited for", never_waited, "still in flight");
-    check("misaligned copy source", misaligned_source, "misaligned source");
-    check("barrier in a branch", half_a_barrier, "deadlock");
-    check("divergent collective", divergent, "diverged");
-    check("lane missing from a shuffle", lane_missing, "deadlock");
-    check("uniform value that is none", not_uniform, "uniform value differs");
-    check("matrix row outside", matrix_row_outside, "out of bounds");
+    check<exchange>("barrier between write and read", "uninitialised");
+    check<reuse>("barrier between read and next write", "race with an earlier read");
+    check<unwritten>("read of unwritten memory", "uninitialised");
+    check<past_the_end>("index past the end", "out of bounds");
+    check<below_the_start>("index below the start", "out of bounds");
+    check<misaligned>("misaligned address", "misaligned");
+    check<pipeline>("wait count", "in flight");
+    check<copied_without_barrier>("barrier after a copy", "race");
+    check<never_waited>("copy never waited for", "still in flight");
+    check<misaligned_source>("misaligned copy source", "misaligned source");
+    check<half_a_barrier>("barrier in a branch", "deadlock");
+    check<divergent>("divergent collective", "diverged");
+    check<lane_missing>("lane missing from a shuffle", "deadlock");
+    check<not_uniform>("uniform value that is none", "uniform value differs");
+    check<matrix_row_outside>("matrix row outside", "out of bounds");
 
     uint32_t results[threads] = {};
-    launch(arithmetic, {1, 1, 1}, threads, 1024, nullptr, Buffers{nullptr, results, false});
+    launch<arithmetic>({1, 1, 1}, threads, 1024, nullptr, Buffers{nullptr, results, false});
     bool right = true;
     for (uint32_t result : results) right = right && result;
     failures += !right;

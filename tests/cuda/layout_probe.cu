@@ -50,7 +50,7 @@ int main() {
     cuda::DeviceVector<uint32_t> words(size_t(words_a_lane) * warp_size, 0xdeadbeef);
     for (uint32_t i = 0; i < 512; ++i)
         source[i] = uint16_t(0x3f80 + (i * 2654435761u >> 20) % 64);  // 1 + n/128 in bfloat16
-    const char *error = launch(probe, {1, 1, 1}, warp_size, 1024, nullptr, Probe{source.data(), words.data()});
+    const char *error = launch<probe>({1, 1, 1}, warp_size, 1024, nullptr, Probe{source.data(), words.data()});
     if (!error) error = cuda::finish();
     if (error) {
         std::fprintf(stderr, "%s\n", error);

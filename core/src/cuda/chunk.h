@@ -85,11 +85,10 @@ inline Extent3 grid_for(int64_t items, int64_t items_a_block) {
 }
 
 // Kernels never start on an empty grid, which CUDA refuses.
-template <class Arguments>
-const char *launch_warps(void (*kernel)(Arguments), int64_t items, void *stream,
-                         const std::remove_const_t<Arguments> &arguments) {
+template <auto kernel, class Arguments>
+const char *launch_warps(int64_t items, void *stream, const Arguments &arguments) {
     if (items == 0) return nullptr;
-    return launch(kernel, grid_for(items, generic_warps), generic_threads, 0, stream, arguments);
+    return launch<kernel>(grid_for(items, generic_warps), generic_threads, 0, stream, arguments);
 }
 
 }  // namespace localattn::cuda

@@ -159,9 +159,8 @@ GPU_FUNCTION float fast_reciprocal(float x) {
 }
 
 // Runs `kernel` on a grid of blocks, on the current device. Returns NULL, or what the CUDA runtime says went wrong.
-template <class Argument>
-const char *launch(void (*kernel)(Argument), Extent3 grid, int threads, size_t shared_bytes, void *stream,
-                   const Argument &argument) {
+template <auto kernel, class Argument>
+const char *launch(Extent3 grid, int threads, size_t shared_bytes, void *stream, const Argument &argument) {
     constexpr size_t without_asking = 48 << 10;
     if (shared_bytes > without_asking) {
         const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),

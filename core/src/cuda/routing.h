@@ -70,11 +70,11 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) invert_routing(GPU_ARGUMENT Inver
 inline const char *launch_check(const RoutedProblem &p, void *stream) {
     const int64_t choices = p.batch * p.regions() * p.topk;
     if (choices == 0) return nullptr;
-    return launch(check_routing, grid_for(choices, generic_threads), generic_threads, 0, stream, p);
+    return launch<check_routing>(grid_for(choices, generic_threads), generic_threads, 0, stream, p);
 }
 
 inline const char *launch_inverse(const RoutedProblem &p, const InverseRouting &inverse, void *stream) {
-    return launch_warps(invert_routing, p.batch * p.regions(), stream, InverseArguments{p, inverse});
+    return launch_warps<invert_routing>(p.batch * p.regions(), stream, InverseArguments{p, inverse});
 }
 
 }  // namespace localattn::cuda

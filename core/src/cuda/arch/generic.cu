@@ -24,8 +24,8 @@ const char *launch_bias_gradient(BiasGradientArguments<T> arguments, const Tenso
     if (elements == 0) return nullptr;
     arguments.warps_an_element = terms >= 4 * generic_warps ? generic_warps : 1;
     const Extent3 grid = grid_for(elements, generic_warps / arguments.warps_an_element);
-    return launch(generic_grad_bias<T>, grid, generic_threads, generic_warps * sizeof(Accumulator<T>), stream,
-                  arguments);
+    return launch<generic_grad_bias<T>>(grid, generic_threads, generic_warps * sizeof(Accumulator<T>), stream,
+                                        arguments);
 }
 
 template <class T>
@@ -70,14 +70,14 @@ const char *run_bias_gradients(const BackwardArguments<T> &backward, void *strea
 template <class T>
 const char *run_typed(const Problem &p, Pass pass, void *stream, void *workspace) {
     const int64_t queries = count_of_queries(p);
-    if (pass == Pass::forward) return launch_warps(generic_forward<T>, queries, stream, p);
+    if (pass == Pass::forward) return launch_warps<generic_forward<T>>(queries, stream, p);
 
     const BackwardArguments<T> arguments{p, static_cast<Accumulator<T> *>(workspace)};
-    const char *error = launch_warps(generic_delta<T>, queries, stream, arguments);
-    if (!error && p.grad_query.data) error = launch_warps(generic_grad_query<T>, queries, stream, arguments);
+    const char *error = launch_warps<generic_delta<T>>(queries, stream, arguments);
+    if (!error && p.grad_query.data) error = launch_warps<generic_grad_query<T>>(queries, stream, arguments);
     if (!error && (p.grad_key.data || p.grad_value.data)) {
         const int64_t keys = p.batch * p.axis[0].keys * p.axis[1].keys * p.axis[2].keys * p.kv_heads;
-        error = launch_warps(generic_grad_key_value<T>, keys, stream, arguments);
+        error = launch_warps<generic_grad_key_value<T>>(keys, stream, arguments);
     }
     return error ? error : run_bias_gradients(arguments, stream);
 }

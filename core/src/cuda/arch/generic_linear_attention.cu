@@ -53,12 +53,11 @@ size_t workspace(const LinearProblem &p) {
 
 int64_t tiles(int64_t extent) { return (extent + product_tile - 1) / product_tile; }
 
-template <class T>
-const char *launch_blocks(void (*kernel)(LinearArguments<T>), int64_t blocks, void *stream,
-                          const LinearArguments<T> &arguments) {
+template <auto kernel, class T>
+const char *launch_blocks(int64_t blocks, void *stream, const LinearArguments<T> &arguments) {
     if (blocks == 0) return nullptr;
-    return launch(kernel, grid_for(blocks, 1), product_threads, BlockProduct<Accumulator<T>>::shared_bytes, stream,
-                  arguments);
+    return launch<kernel>(grid_for(blocks, 1), product_threads, BlockProduct<Accumulator<T>>::shared_bytes, stream,
+                          arguments);
 }
 
 template <class T>
@@ -67,21 +66,21 @@ const char *run_typed(const LinearProblem &p, void *stream, void *memory) {
     const int64_t heads = p.batch * p.heads, channel_tiles = tiles(p.channels), value_tiles = tiles(p.value_channels);
     const int64_t query_tiles = tiles(a.query_count), key_tiles = tiles(a.key_count);
     const int64_t sums = heads * a.workspace.parts * channel_tiles * value_tiles;
-    const char *error = launch_warps(linear_query_lse<T>, heads * a.query_count, stream, a);
+    const char *error = launch_warps<linear_query_lse<T>>(heads * a.query_count, stream, a);
     if (p.pass == Pass::forward) {
-        if (!error) error = launch_blocks(linear_sum_keys<T>, sums, stream, a);
-        if (!error) error = launch_warps(linear_merge_keys<T>, heads * p.channels, stream, a);
-        if (!error) error = launch_blocks(linear_output<T>, heads * query_tiles * value_tiles, stream, a);
+        if (!error) error = launch_blocks<linear_sum_keys<T>>(sums, stream, a);
+        if (!error) error = launch_warps<linear_merge_keys<T>>(heads * p.channels, stream, a);
+        if (!error) error = launch_blocks<linear_output<T>>(heads * query_tiles * value_tiles, stream, a);
         return error;
     }
-    if (!error && p.grad_query.data) error = launch_blocks(linear_grad_query<T>, heads * query_tiles, stream, a);
+    if (!error && p.grad_query.data) error = launch_blocks<linear_grad_query<T>>(heads * query_tiles, stream, a);
     if (!p.grad_key.data && !p.grad_value.data) return error;
-    if (!error) error = launch_blocks(linear_sum_queries<T>, sums, stream, a);
-    if (!error) error = launch_warps(linear_merge_queries<T>, heads * p.channels, stream, a);
+    if (!error) error = launch_blocks<linear_sum_queries<T>>(sums, stream, a);
+    if (!error) error = launch_warps<linear_merge_queries<T>>(heads * p.channels, stream, a);
     if (!error && p.grad_value.data)
-        error = launch_blocks(linear_grad_value<T>, heads * key_tiles * value_tiles, stream, a);
+        error = launch_blocks<linear_grad_value<T>>(heads * key_tiles * value_tiles, stream, a);
     if (!error && p.grad_key.data)
-        error = launch_blocks(linear_grad_key<T>, heads * key_tiles * channel_tiles, stream, a);
+        error = launch_blocks<linear_grad_key<T>>(heads * key_tiles * channel_tiles, stream, a);
     return error;
 }
 

@@ -42,20 +42,20 @@ const char *run_typed(const RoutedProblem &p, void *stream, void *memory) {
     const int64_t places = p.batch * p.regions() * p.heads, choices = p.batch * p.regions() * p.topk;
     const char *error = launch_check(p, stream);
     if (error) return error;
-    if (p.pass == Pass::forward) return launch_warps(generic_routed_forward<T>, places * p.queries(), stream, p);
+    if (p.pass == Pass::forward) return launch_warps<generic_routed_forward<T>>(places * p.queries(), stream, p);
 
     const Workspace w(p, memory);
     const RoutedBackwardArguments<T> arguments{p, static_cast<Accumulator<T> *>(w.delta), {w.begin, w.choices}};
-    error = launch_warps(generic_routed_delta<T>, places * p.queries(), stream, arguments);
+    error = launch_warps<generic_routed_delta<T>>(places * p.queries(), stream, arguments);
     if (!error && p.grad_query.data)
-        error = launch_warps(generic_routed_grad_query<T>, places * p.queries(), stream, arguments);
+        error = launch_warps<generic_routed_grad_query<T>>(places * p.queries(), stream, arguments);
     if (!error && (p.grad_key.data || p.grad_value.data)) {
         error = launch_inverse(p, arguments.inverse, stream);
-        if (!error) error = launch_warps(generic_routed_grad_key_value<T>, places * p.keys(), stream, arguments);
+        if (!error) error = launch_warps<generic_routed_grad_key_value<T>>(places * p.keys(), stream, arguments);
     }
     if (!error && p.grad_region_weight.data && choices > 0)
-        error = launch(generic_grad_region_weight<T>, grid_for(choices, 1), generic_threads,
-                       generic_warps * sizeof(Accumulator<T>), stream, arguments);
+        error = launch<generic_grad_region_weight<T>>(grid_for(choices, 1), generic_threads,
+                                                      generic_warps * sizeof(Accumulator<T>), stream, arguments);
     return error;
 }
 

@@ -13,11 +13,11 @@ const char *run_typed(const WindowProduct &p, void *stream) {
     for (const Axis &x : p.axis) queries *= x.queries, keys *= x.keys;
     switch (p.product) {
         case Product::score:
-            return launch_warps(generic_score<T>, queries, stream, p);
+            return launch_warps<generic_score<T>>(queries, stream, p);
         case Product::weigh:
-            return launch_warps(generic_weigh<T>, queries, stream, p);
+            return launch_warps<generic_weigh<T>>(queries, stream, p);
         case Product::transposed:
-            return launch_warps(generic_transposed<T>, keys, stream, p);
+            return launch_warps<generic_transposed<T>>(keys, stream, p);
     }
     return "unknown product";
 }

@@ -74,8 +74,8 @@ const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
     // What the running maximum is scaled by must be positive.
     a.scale = p.scale == 0 ? 1 : float(std::fabs(p.scale));
     a.sign = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
-    return launch(simt_forward<C>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                  size_t(C::shared_bytes(a.stage_columns)), stream, a);
+    return launch<simt_forward<C>>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                                   size_t(C::shared_bytes(a.stage_columns)), stream, a);
 }
 
 template <class Of>
@@ -84,10 +84,10 @@ const char *run_backward(const Problem &p, const Workspace &w, void *stream) {
     const char *error = nullptr;
     if (a.grad_query) {
         using C = typename Of::GradQuery;
-        error = launch_over_queries<C>(simt_grad_query<C>, p, w, a, stream);
+        error = launch_over_queries<C, simt_grad_query<C>>(p, w, a, stream);
     }
     using C = typename Of::GradKey;
-    if (!error && (a.grad_key || a.grad_value)) error = launch_over_keys<C>(simt_grad_key<C>, p, w, a, stream);
+    if (!error && (a.grad_key || a.grad_value)) error = launch_over_keys<C, simt_grad_key<C>>(p, w, a, stream);
     return error;
 }
 

@@ -120,8 +120,8 @@ const char *launch_tiles(const WindowProduct &p, const Workspace &w, void *strea
     a.row_start = w.start[0], a.column_start = w.start[1];
     a.heads = int32_t(p.heads), a.channels = int32_t(p.channels);
     a.stage_columns = int32_t(stage_columns<C>(p));
-    return launch(simt_window_product<C, product>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                  size_t(shared_bytes<C>(p)), stream, a);
+    return launch<simt_window_product<C, product>>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                                                   size_t(shared_bytes<C>(p)), stream, a);
 }
 
 const char *run(const WindowProduct &p, void *stream, void *memory) {
@@ -129,11 +129,11 @@ const char *run(const WindowProduct &p, void *stream, void *memory) {
     const WindowTableArguments tables = {{p.axis[1], p.axis[2]}, {w.keys[0], w.keys[1]}, {w.start[0], w.start[1]}};
     const int64_t longest = p.axis[1].queries > p.axis[2].queries ? p.axis[1].queries : p.axis[2].queries;
     const char *error =
-        launch(fill_window_tables, blocks_for(longest, range_threads), range_threads, 0, stream, tables);
+        launch<fill_window_tables>(blocks_for(longest, range_threads), range_threads, 0, stream, tables);
     if (!error && p.product == Product::transposed) error = launch_key_ranges(p, w.keys, w.queries, stream);
     if (!error && p.product == Product::score) {
         const int64_t queries = p.batch * p.axis[1].queries * p.axis[2].queries * p.heads;
-        error = launch_warps(fill_outside, (queries + warp_size - 1) / warp_size, stream, p);
+        error = launch_warps<fill_outside>((queries + warp_size - 1) / warp_size, stream, p);
     }
     if (error) return error;
     return with_tile(p, [&](auto tile, auto product) {

@@ -96,8 +96,8 @@ const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
     a.flip = flip_for(p);
     const char *error = nullptr;
     for (a.part = 0; a.part < C::parts && !error; ++a.part)
-        error = launch(tensor_core_forward<C, T>, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                       size_t(C::shared_bytes(a.stage_columns)), stream, a);
+        error = launch<tensor_core_forward<C, T>>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                                                  size_t(C::shared_bytes(a.stage_columns)), stream, a);
     return error;
 }
 
@@ -108,16 +108,16 @@ const char *run_backward(const Problem &p, const Workspace &w, void *stream) {
     const char *error = nullptr;
     if (a.grad_query) {
         using C = GradQueryTile<width>;
-        error = launch_over_queries<C>(tensor_core_grad_query<C, T>, p, w, a, stream);
+        error = launch_over_queries<C, tensor_core_grad_query<C, T>>(p, w, a, stream);
     }
     if (error || !(a.grad_key || a.grad_value)) return error;
     using C = GradKeyTile<width>;
     if constexpr (width < 128) {
-        return launch_over_keys<C>(tensor_core_grad_key<C, T, true, true>, p, w, a, stream);
+        return launch_over_keys<C, tensor_core_grad_key<C, T, true, true>>(p, w, a, stream);
     } else {
-        if (a.grad_key) error = launch_over_keys<C>(tensor_core_grad_key<C, T, true, false>, p, w, a, stream);
+        if (a.grad_key) error = launch_over_keys<C, tensor_core_grad_key<C, T, true, false>>(p, w, a, stream);
         if (error || !a.grad_value) return error;
-        return launch_over_keys<C>(tensor_core_grad_key<C, T, false, true>, p, w, a, stream);
+        return launch_over_keys<C, tensor_core_grad_key<C, T, false, true>>(p, w, a, stream);
     }
 }
 

@@ -121,39 +121,39 @@ RoutedArguments<T> arguments_of(const RoutedProblem &p, const Workspace &w) {
 }
 
 // A launch whose blocks own `pixels` of every region.
-template <class C, class T>
-const char *launch_tiles(void (*kernel)(const RoutedArguments<T>), const RoutedProblem &p, int64_t pixels,
-                         int64_t entry_slots, RoutedArguments<T> a, void *stream) {
+template <class C, auto kernel, class T>
+const char *launch_tiles(const RoutedProblem &p, int64_t pixels, int64_t entry_slots, RoutedArguments<T> a,
+                         void *stream) {
     a.blocks = int32_t(blocks_for_pixels(pixels));
     a.entry_slots = int32_t(entry_slots);
     a.by_entry_slots = Divisor(entry_slots);
     const Extent3 grid = {int32_t(a.blocks * p.regions() * p.heads * p.batch), 1, 1};
-    return launch(kernel, grid, int(warps_for(pixels)) * warp_size, size_t(C::shared_bytes), stream, a);
+    return launch<kernel>(grid, int(warps_for(pixels)) * warp_size, size_t(C::shared_bytes), stream, a);
 }
 
 template <class C, class T>
 const char *run_backward(const RoutedProblem &p, const Workspace &w, void *stream) {
     const RoutedArguments<T> a = arguments_of<T>(p, w);
-    const char *error = launch_warps(fill_routed_statistics<T>, p.batch * p.regions() * p.queries() * p.heads, stream,
-                                     RoutedStatisticsArguments<T>{p, w.statistics});
+    const char *error = launch_warps<fill_routed_statistics<T>>(p.batch * p.regions() * p.queries() * p.heads, stream,
+                                                                RoutedStatisticsArguments<T>{p, w.statistics});
     if (!error && (p.grad_query.data || w.weight_parts))
-        error = launch_tiles<C>(tensor_core_routed_grad_query<C, T>, p, p.queries(), entry_slots(p), a, stream);
+        error = launch_tiles<C, tensor_core_routed_grad_query<C, T>>(p, p.queries(), entry_slots(p), a, stream);
     if (!error && w.weight_parts) {
         const int64_t choices = p.batch * p.regions() * p.topk;
-        error =
-            launch(sum_weight_parts, grid_for(choices, generic_threads), generic_threads, 0, stream,
-                   WeightPartsArguments{p.batch, p.regions(), p.topk, w.parts, w.weight_parts, p.grad_region_weight});
+        error = launch<sum_weight_parts>(
+            grid_for(choices, generic_threads), generic_threads, 0, stream,
+            WeightPartsArguments{p.batch, p.regions(), p.topk, w.parts, w.weight_parts, p.grad_region_weight});
     }
     if (error || (!p.grad_key.data && !p.grad_value.data)) return error;
     error = launch_inverse(p, w.inverse, stream);
-    const auto keys = [&](auto kernel) {
-        if (!error) error = launch_tiles<C>(kernel, p, p.keys(), p.queries(), a, stream);
-    };
+    const int64_t keys = p.keys(), slots = p.queries();
     if constexpr (C::width < 128) {
-        keys(tensor_core_routed_grad_key<C, T, true, true>);
+        if (!error) error = launch_tiles<C, tensor_core_routed_grad_key<C, T, true, true>>(p, keys, slots, a, stream);
     } else {
-        if (p.grad_key.data) keys(tensor_core_routed_grad_key<C, T, true, false>);
-        if (p.grad_value.data) keys(tensor_core_routed_grad_key<C, T, false, true>);
+        if (!error && p.grad_key.data)
+            error = launch_tiles<C, tensor_core_routed_grad_key<C, T, true, false>>(p, keys, slots, a, stream);
+        if (!error && p.grad_value.data)
+            error = launch_tiles<C, tensor_core_routed_grad_key<C, T, false, true>>(p, keys, slots, a, stream);
     }
     return error;
 }
@@ -165,8 +165,8 @@ const char *run_typed(const RoutedProblem &p, void *stream, void *memory) {
     return with_tile(p, [&](auto tile) {
         using C = decltype(tile);
         if (p.pass == Pass::backward) return run_backward<C, T>(p, w, stream);
-        return launch_tiles<C>(tensor_core_routed_forward<C, T>, p, p.queries(), entry_slots(p), arguments_of<T>(p, w),
-                               stream);
+        return launch_tiles<C, tensor_core_routed_forward<C, T>>(p, p.queries(), entry_slots(p), arguments_of<T>(p, w),
+                                                                 stream);
     });
 }
 

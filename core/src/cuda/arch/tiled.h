@@ -105,7 +105,7 @@ Real *pointer(const Tensor &t) {
 inline const char *launch_ranges(const Problem &p, Range *rows, Range *columns, void *stream) {
     const RangeArguments arguments = {{p.axis[1], p.axis[2]}, {rows, columns}};
     const int64_t longest = p.axis[1].queries > p.axis[2].queries ? p.axis[1].queries : p.axis[2].queries;
-    return launch(fill_ranges, blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
+    return launch<fill_ranges>(blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
 }
 
 inline const char *launch_key_ranges(const Problem &p, Range *const (&queries)[2], Range *const (&keys)[2],
@@ -117,7 +117,7 @@ inline const char *launch_key_ranges(const Problem &p, Range *const (&queries)[2
                                          {queries[0], queries[1]},
                                          {keys[0], keys[1]}};
     const int64_t longest = rows.keys > columns.keys ? rows.keys : columns.keys;
-    return launch(fill_key_ranges, blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
+    return launch<fill_key_ranges>(blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
 }
 
 }  // namespace localattn::cuda

@@ -60,8 +60,8 @@ const char *prepare(const Problem &p, Pass pass, const Workspace &w, void *strea
     if (error) return error;
     const StatisticsArguments statistics = {p, w.statistics};
     const int64_t queries = p.batch * rows.queries * columns.queries * p.heads;
-    return launch(fill_statistics<T>, blocks_for(queries, statistics_threads / warp_size), statistics_threads, 0,
-                  stream, statistics);
+    return launch<fill_statistics<T>>(blocks_for(queries, statistics_threads / warp_size), statistics_threads, 0,
+                                      stream, statistics);
 }
 
 // All but what depends on the tile.
@@ -83,27 +83,25 @@ GradientArguments<T> gradient_arguments(const Problem &p, const Workspace &w) {
 }
 
 // With tiles of queries, over which keys stream.
-template <class C, class T>
-const char *launch_over_queries(void (*kernel)(GradientArguments<T>), const Problem &p, const Workspace &w,
-                                GradientArguments<T> a, void *stream) {
+template <class C, auto kernel, class T>
+const char *launch_over_queries(const Problem &p, const Workspace &w, GradientArguments<T> a, void *stream) {
     const Axis &rows = p.axis[1], &columns = p.axis[2];
     a.rows = tile_axis(rows.queries, rows.keys, rows.dilation, C::query_rows, w.query[0]);
     a.columns = tile_axis(columns.queries, columns.keys, columns.dilation, C::query_columns, w.query[1]);
     a.stage_columns = int32_t(key_columns<C>(columns));
-    return launch(kernel, grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                  size_t(C::shared_bytes(a.stage_columns)), stream, a);
+    return launch<kernel>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                          size_t(C::shared_bytes(a.stage_columns)), stream, a);
 }
 
 // With tiles of keys, over which queries stream.
-template <class C, class T>
-const char *launch_over_keys(void (*kernel)(GradientArguments<T>), const Problem &p, const Workspace &w,
-                             GradientArguments<T> a, void *stream) {
+template <class C, auto kernel, class T>
+const char *launch_over_keys(const Problem &p, const Workspace &w, GradientArguments<T> a, void *stream) {
     const Axis &rows = p.axis[1], &columns = p.axis[2];
     a.rows = tile_axis(rows.keys, rows.queries, rows.dilation, C::query_rows, w.key[0]);
     a.columns = tile_axis(columns.keys, columns.queries, columns.dilation, C::query_columns, w.key[1]);
     a.stage_columns = int32_t(query_columns<C>(columns));
-    return launch(kernel, grid_of(a.rows, a.columns, p.batch * p.kv_heads), C::threads,
-                  size_t(grad_key_bytes<C>(a.stage_columns)), stream, a);
+    return launch<kernel>(grid_of(a.rows, a.columns, p.batch * p.kv_heads), C::threads,
+                          size_t(grad_key_bytes<C>(a.stage_columns)), stream, a);
 }
 
 }  // namespace localattn::cuda

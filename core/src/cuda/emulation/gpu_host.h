@@ -251,11 +251,23 @@ GPU_FUNCTION float fast_exp2(float x) { return std::exp2(x); }
 GPU_FUNCTION float fast_log2(float x) { return std::log2(x); }
 GPU_FUNCTION float fast_reciprocal(float x) { return 1 / x; }
 
+namespace emulation {
+
+template <auto kernel>
+const char *describe_kernel() {
+    return __PRETTY_FUNCTION__;
+}
+// Made before main() for every kernel that the program launches somewhere.
+template <auto kernel>
+KernelRecord record_of(describe_kernel<kernel>());
+
+}  // namespace emulation
+
 // Runs every block of the grid, one after another. Returns NULL; misuse of the machine is thrown (emulation::Misuse).
-template <class Argument>
-const char *launch(void (*kernel)(Argument), Extent3 grid, int threads, size_t shared_bytes, void *stream,
-                   const std::remove_const_t<Argument> &argument) {
+template <auto kernel, class Argument>
+const char *launch(Extent3 grid, int threads, size_t shared_bytes, void *stream, const Argument &argument) {
     emulation::last_launch = {stream, emulation::current_device};
+    ++emulation::record_of<kernel>.launches;
     emulation::Machine machine(threads, shared_bytes);
     const std::function<void()> body = [&] { kernel(argument); };
     for (int32_t z = 0; z < grid.z; z++)

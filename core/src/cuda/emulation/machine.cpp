@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -50,6 +51,30 @@ namespace localattn::gpu::emulation {
 
 Launch last_launch;
 int32_t current_device = 0;
+
+namespace {
+
+KernelRecord *all_kernels = nullptr;
+
+struct KernelReport {
+    ~KernelReport() {
+        const char *path = std::getenv("LOCALATTN_EMULATED_KERNELS");
+        FILE *file = path && *path ? std::fopen(path, "a") : nullptr;
+        if (!file) return;
+        for (const KernelRecord *kernel = all_kernels; kernel; kernel = kernel->next) {
+            std::string name = kernel->name;  // "... [with auto kernel = NAME]", in places with other parameters
+            name = name.substr(name.find("kernel = ") + std::strlen("kernel = "));
+            name.erase(name.rfind(']'));
+            std::replace(name.begin(), name.end(), ';', ',');
+            std::fprintf(file, "%s %s\n", kernel->launches ? "launched" : "unused", name.c_str());
+        }
+        std::fclose(file);
+    }
+} report_at_the_end;
+
+}  // namespace
+
+KernelRecord::KernelRecord(const char *name) : name(name), next(all_kernels) { all_kernels = this; }
 
 struct FiberContext {
 #if LOCALATTN_ASM_SWITCH

@@ -33,6 +33,16 @@ struct Launch {
 extern Launch last_launch;
 extern int32_t current_device;
 
+// One instantiation of a kernel, and how often it was launched. At its end the program appends all of them to the file
+// that the environment names by LOCALATTN_EMULATED_KERNELS: "launched NAME" or "unused NAME".
+struct KernelRecord {
+    const char *name;  // as the compiler puts it
+    int64_t launches = 0;
+    KernelRecord *next;
+
+    explicit KernelRecord(const char *name);
+};
+
 struct Copy {
     SharedAddress to;
     const void *from;
