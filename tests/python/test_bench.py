@@ -21,6 +21,8 @@ from localattn.bench.shapes import Shape
 def test_peers_compute_the_same(peer: Peer) -> None:
     shape = Shape(2, 8, 24, 7)
     if peer.name == "compiled flex_attention":
+        if torch.__version__.startswith("2.4."):
+            pytest.skip(f"{peer.name}: {peer.absent()}")
         torch.use_deterministic_algorithms(False)  # the compiler's own scratch memory
     assert peer.absent() is None
     query, key, value = torch.randn(3, 1, shape.side, shape.side, shape.heads, shape.channels, dtype=torch.float32)
@@ -74,7 +76,9 @@ def test_report_holds_every_measurement(tmp_path: Path, capsys: pytest.CaptureFi
     both = [("localattn", "bfloat16"), *((peer, "float32") for peer in peers)]
     assert measured == {(peer, which, dtype) for peer, dtype in both for which in ("forward", "forward+backward")}
     assert all(float(row["warm_s"]) > 0 for row in rows)
-    assert all(int(row["peak_bytes"]) > 0 for row in rows if row["dtype"] == "float32")
+    peaks = {(row["peer"], row["pass"]): int(row["peak_bytes"]) for row in rows if row["dtype"] == "float32"}
+    assert min(peaks.values()) >= 0  # the others' may fit into pages that were there already
+    assert peaks["unfold", "forward"] > 5 * 5 * 4 * 16 * 16 * 16  # bytes of the keys, unfolded
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     text = capsys.readouterr().out
     assert "GFLOP/s" in text
