@@ -5,8 +5,8 @@
 //
 // The query pass walks keys for tiles of queries (A = query); the key pass walks queries for tiles of keys (A = key)
 // over the transposed window. Each gradient is finished in one place: no atomics, no halo to add up, one rounding.
-// Work a pair: 3 contractions and 4; a single pass would need 5, but would have to carry weights from one lane order
-// to the other and sum overlapping halos, which cost the prototype as much as the two contractions it saved.
+// Work a pair: 3 contractions and 4. joint_backward.h needs 5 in all, where queries and keys share one map; these
+// passes are for everything else.
 #pragma once
 #include "scores.h"
 
@@ -128,14 +128,14 @@ struct QueryPassWorker {
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
             const Chunk &chunk = chunks.now;
             ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row,
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, {q, q_row}, s, s_row,
                            stream);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, grad_o, o_row, dp,
-                           s_row, stream);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, {grad_o, o_row},
+                           dp, s_row, stream);
             differentiate_chunk(job, block, tile, chunk);
             if (problem.grad_query.data)
-                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, dp, s_row, grad_q,
-                               q_row);
+                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels,
+                               dense_weights<V>(tile, dp, s_row), grad_q, q_row);
         }
         const Tensor &g = problem.grad_query;
         if (!g.data) return;
@@ -171,6 +171,65 @@ struct QueryPassWorker {
     }
 };
 
+// Queries of one head with all that a pass over keys asks of them.
+template <class V>
+struct QueryRing {
+    using T = typename V::T;
+    using reg = typename V::reg;
+    RingSlots slots;
+    PackedRows<V> queries, grad_outputs;
+    T *lse, *delta;  // [ring rows][packed], as store_statistics leaves them
+    T *output;       // one packed row, for delta
+
+    // Makes the chunk's rows be there, queries times `factor`.
+    void pack(const Plan &plan, const Codec<V> &codec, int64_t batch, int64_t head, int64_t strip, const Chunk &chunk,
+              T factor) const {
+        const Problem &problem = *plan.problem;
+        const RowList &rows0 = plan.axis0.query, &rows1 = plan.axis1.query;
+        const int64_t columns = plan.phase_stride * plan.lane_axis.query_period;
+        for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+            for (int64_t b = chunk.begin; b < chunk.end; ++b) {
+                if (!slots.claims(b0, b, rows1.count)) continue;
+                const int64_t slot = slots.of(b0, b);
+                const auto offset = [&](const Tensor &t) {
+                    return batch * t.batch + head * t.head + rows0.position[b0] * t.axis[0] +
+                           rows1.position[b] * t.axis[1];
+                };
+                const auto pack = [&](const Tensor &t, int64_t channels, T times, T *out) {
+                    pack_row<V>(plan, codec, t, offset(t), strip, channels, out, times);
+                };
+                T *go = grad_outputs.data + slot * grad_outputs.row;
+                T *l = lse + slot * plan.packed, *d = delta + slot * plan.packed;
+                pack(problem.query, problem.channels, factor, queries.data + slot * queries.row);
+                pack(problem.grad_output, problem.value_channels, 1, go);
+                pack(problem.output, problem.value_channels, 1, output);
+                pack_numbers<V>(plan, static_cast<const T *>(problem.lse.data) + offset(problem.lse),
+                                problem.lse.axis[2], strip, T(log2_e), -T(__builtin_inf()), l);
+                if (problem.grad_lse.data)
+                    pack_numbers<V>(plan, static_cast<const T *>(problem.grad_lse.data) + offset(problem.grad_lse),
+                                    problem.grad_lse.axis[2], strip, T(-1), T(0), d);
+                for (int64_t x = 0; x < columns; x += V::lanes) {
+                    reg sum = problem.grad_lse.data ? V::load(d + x) : reg{};
+                    for (int64_t c = 0; c < problem.value_channels; ++c)
+                        sum += V::load(go + c * plan.packed + x) * V::load(output + c * plan.packed + x);
+                    store_statistics<V>(V::load(l + x), sum, l + x, d + x);
+                }
+            }
+        }
+    }
+};
+template <class V>
+LOCALATTN_INLINE void take_query_ring(QueryRing<V> &ring, const Plan &plan, Arena &arena) {
+    using T = typename V::T;
+    const int64_t rows = plan.ring0 * plan.ring1;
+    ring.slots = {arena.take<int64_t>(rows), plan.ring0, plan.ring1};
+    ring.queries = take_rows<V>(plan, plan.problem->channels, arena);
+    ring.grad_outputs = take_rows<V>(plan, plan.problem->value_channels, arena);
+    ring.lse = arena.take<T>(rows * plan.packed);
+    ring.delta = arena.take<T>(rows * plan.packed);
+    ring.output = arena.take<T>(plan.problem->value_channels * plan.packed);
+}
+
 template <class V>
 struct KeyPassWorker {
     using T = typename V::T;
@@ -182,10 +241,7 @@ struct KeyPassWorker {
     const Codec<V> &codec;
     LaneTile *tiles;
     int64_t tiles_strip = -1;
-    RingSlots slots;
-    PackedRows<V> queries, grad_outputs;
-    T *lse, *delta;  // [ring rows][packed]
-    T *o;            // one packed row of outputs, for delta
+    QueryRing<V> ring;
     T *k, *v, *grad_k, *grad_v, *s, *dp;
     Mask *key_mask;  // [rows][lanes]
     ptrdiff_t k_row, v_row, s_row;
@@ -195,14 +251,8 @@ struct KeyPassWorker {
 
     LOCALATTN_INLINE void take(KeyPassWorker &w, Arena &arena) {
         const Plan &plan = w.plan;
-        const int64_t ring_rows = plan.ring0 * plan.ring1;
         w.tiles = take_tiles(plan, arena);
-        w.slots = {arena.take<int64_t>(ring_rows), plan.ring0, plan.ring1};
-        w.queries = take_rows<V>(plan, w.problem.channels, arena);
-        w.grad_outputs = take_rows<V>(plan, w.problem.value_channels, arena);
-        w.lse = arena.take<T>(ring_rows * plan.packed);
-        w.delta = arena.take<T>(ring_rows * plan.packed);
-        w.o = arena.take<T>(w.problem.value_channels * plan.packed);
+        take_query_ring(w.ring, plan, arena);
         w.k_row = padded(w.problem.channels * V::lanes, sizeof(T));
         w.v_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
         w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
@@ -215,39 +265,6 @@ struct KeyPassWorker {
         w.s = arena.take<T>(plan.block_rows * w.s_row);
         w.dp = arena.take<T>(plan.block_rows * w.s_row);
         w.key_mask = arena.take<Mask>(plan.block_rows * V::lanes);
-    }
-
-    void pack_chunk(const Job &job, int64_t head, const Chunk &chunk) {
-        const RowList &rows0 = plan.axis0.query, &rows1 = plan.axis1.query;
-        const int64_t columns = plan.phase_stride * plan.lane_axis.query_period;
-        for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
-            for (int64_t b = chunk.begin; b < chunk.end; ++b) {
-                if (!slots.claims(b0, b, rows1.count)) continue;
-                const int64_t slot = slots.of(b0, b);
-                const auto offset = [&](const Tensor &t) {
-                    return job.batch * t.batch + head * t.head + rows0.position[b0] * t.axis[0] +
-                           rows1.position[b] * t.axis[1];
-                };
-                T *go = grad_outputs.data + slot * grad_outputs.row;
-                T *l = lse + slot * plan.packed, *d = delta + slot * plan.packed;
-                pack_row<V>(plan, codec, problem.query, offset(problem.query), job.strip, problem.channels,
-                            queries.data + slot * queries.row);
-                pack_row<V>(plan, codec, problem.grad_output, offset(problem.grad_output), job.strip,
-                            problem.value_channels, go);
-                pack_row<V>(plan, codec, problem.output, offset(problem.output), job.strip, problem.value_channels, o);
-                pack_numbers<V>(plan, static_cast<const T *>(problem.lse.data) + offset(problem.lse),
-                                problem.lse.axis[2], job.strip, T(log2_e), -T(__builtin_inf()), l);
-                if (problem.grad_lse.data)
-                    pack_numbers<V>(plan, static_cast<const T *>(problem.grad_lse.data) + offset(problem.grad_lse),
-                                    problem.grad_lse.axis[2], job.strip, T(-1), T(0), d);
-                for (int64_t x = 0; x < columns; x += V::lanes) {
-                    reg sum = problem.grad_lse.data ? V::load(d + x) : reg{};
-                    for (int64_t c = 0; c < problem.value_channels; ++c)
-                        sum += V::load(go + c * plan.packed + x) * V::load(o + c * plan.packed + x);
-                    store_statistics<V>(V::load(l + x), sum, l + x, d + x);
-                }
-            }
-        }
     }
 
     int64_t offset(const Tensor &t, const Job &job, const Block &block, int r, const LaneTile &tile) const {
@@ -280,8 +297,8 @@ struct KeyPassWorker {
         for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
             for (int64_t b = chunk.begin; b < chunk.end; ++b) {
                 const PairedRows paired = paired_rows(plan, block, b0, b);
-                const T *l = lse + slots.of(b0, b) * plan.packed + tile.column;
-                const T *d = delta + slots.of(b0, b) * plan.packed + tile.column;
+                const T *l = ring.lse + ring.slots.of(b0, b) * plan.packed + tile.column;
+                const T *d = ring.delta + ring.slots.of(b0, b) * plan.packed + tile.column;
                 for (int r = paired.begin; r < paired.end; ++r) {
                     const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
                     T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
@@ -313,16 +330,18 @@ struct KeyPassWorker {
         }
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
             const Chunk &chunk = chunks.now;
-            pack_chunk(job, head, chunk);
-            score_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, k, k_row, s, s_row, stream);
-            score_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, v, v_row, dp, s_row,
+            ring.pack(plan, codec, job.batch, head, job.strip, chunk, T(1));
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.queries, problem.channels, {k, k_row}, s, s_row,
                            stream);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.grad_outputs, problem.value_channels, {v, v_row},
+                           dp, s_row, stream);
             differentiate_chunk(job, head, block, tile, chunk);
             if (problem.grad_value.data)
-                weigh_chunk<V>(plan, block, tile, chunk, slots, grad_outputs, problem.value_channels, s, s_row, sum_v,
-                               v_row);
+                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.grad_outputs, problem.value_channels,
+                               dense_weights<V>(tile, s, s_row), sum_v, v_row);
             if (problem.grad_key.data)
-                weigh_chunk<V>(plan, block, tile, chunk, slots, queries, problem.channels, dp, s_row, sum_k, k_row);
+                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.queries, problem.channels,
+                               dense_weights<V>(tile, dp, s_row), sum_k, k_row);
         }
         if (head + 1 < (job.head + 1) * share) return;
         const auto store = [&](const Tensor &t, int r, int64_t channels, T factor, T *g) {
@@ -356,7 +375,7 @@ struct KeyPassWorker {
         rows(problem.value, true, problem.value_channels);
     }
 
-    const RingSlots &packed_rows() const { return slots; }
+    const RingSlots &packed_rows() const { return ring.slots; }
 
     // `end`: where the job's rows end.
     void run_block(const Job &job, const Block &block, int64_t end) {
@@ -364,7 +383,7 @@ struct KeyPassWorker {
         announce(job, block, all, end);
         const int64_t share = problem.heads / problem.kv_heads;
         for (int64_t head = job.head * share; head < (job.head + 1) * share; ++head) {
-            if (share > 1) slots.clear();
+            if (share > 1) ring.slots.clear();
             for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
                 if (tiles[i].count > 0) run_tile(job, head, block, all, tiles[i], share > 1 ? i : 0);
         }

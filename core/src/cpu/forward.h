@@ -173,12 +173,12 @@ struct ForwardWorker {
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks); first = false) {
             const Chunk &chunk = chunks.now;
             ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, q, q_row, s, s_row,
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, {q, q_row}, s, s_row,
                            stream);
             finish_scores(job, block, tile, chunk);
             soften(block, tile, chunk, first);
-            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, s, s_row, o,
-                           o_row);
+            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels,
+                           dense_weights<V>(tile, s, s_row), o, o_row);
         }
         finish(job, block, tile);
     }

@@ -1,9 +1,9 @@
 // The vector variant of one instruction set: everything that an isa/ file compiles for itself.
 #pragma once
 #include "../variant.h"
-#include "backward.h"
 #include "blocked_attention.h"
 #include "forward.h"
+#include "joint_backward.h"
 #include "linear_attention.h"
 #include "routed_attention.h"
 #include "window_product.h"
@@ -32,10 +32,19 @@ LOCALATTN_INLINE PlanOptions options_for(Side a, bool forward, int32_t workers) 
     return o;
 }
 
+inline void make(Plan &plan, const Problem &problem, const PlanOptions &options, Arena &arena) {
+    plan = make_plan(problem, options, arena);
+}
+inline void make(JointPlan &plan, const Problem &problem, const PlanOptions &options, Arena &arena) {
+    plan = make_joint_plan(problem, options, arena);
+}
+template <class Worker>
+using PlanFor = std::remove_cv_t<std::remove_reference_t<decltype(Worker::plan)>>;
+
 // Jobs are handed out one by one: which worker does which changes no result.
 template <class V, class Worker>
 struct PassRun {
-    const Plan *plan;
+    const PlanFor<Worker> *plan;
     const Codec<V> *codec;
     const BiasGroups *bias_groups;
     int64_t groups;  // of consecutive jobs that one worker does in order
@@ -44,12 +53,13 @@ struct PassRun {
     size_t worker_bytes;
 };
 
-template <class V>
-LOCALATTN_INLINE void set_bias_gradients(QueryPassWorker<V> &w, const BiasGroups *groups, int64_t group) {
+template <class Worker>
+LOCALATTN_INLINE auto set_bias_gradients(Worker &w, const BiasGroups *groups, int64_t group, int)
+    -> decltype(void(w.bias_gradients)) {
     if (groups) w.bias_gradients = gradients_of(*groups, groups->groups == 0 ? 0 : group);
 }
 template <class Worker>
-LOCALATTN_INLINE void set_bias_gradients(Worker &, const BiasGroups *, int64_t) {}
+LOCALATTN_INLINE void set_bias_gradients(Worker &, const BiasGroups *, int64_t, long) {}
 
 template <class V, class Worker>
 static void work(void *argument, int32_t index) {
@@ -61,7 +71,7 @@ static void work(void *argument, int32_t index) {
     for (;;) {
         const int64_t group = __atomic_fetch_add(&pass.next, 1, __ATOMIC_RELAXED);
         if (group >= pass.groups) return;
-        set_bias_gradients(worker, pass.bias_groups, group);
+        set_bias_gradients(worker, pass.bias_groups, group, 0);
         for (int64_t j = jobs * group / pass.groups; j < jobs * (group + 1) / pass.groups; ++j)
             run_job(worker, job_of(*pass.plan, j));
     }
@@ -74,7 +84,8 @@ static size_t run_pass(const Problem &problem, const PlanOptions &options, const
     Arena arena(memory);
     BiasGroups groups;
     if (bias_gradients) groups = make_bias_groups(problem, options.element, arena);
-    const Plan plan = make_plan(problem, options, arena);
+    PlanFor<Worker> plan;
+    make(plan, problem, options, arena);
     Arena measure(nullptr);
     Worker worker(plan, codec);
     Worker::take(worker, measure);
@@ -103,9 +114,12 @@ static size_t run_all(const Problem &problem, Pass pass, const Codec<V> &codec, 
                                              false, memory);
     size_t most_bytes = 0;
     const bool bias = problem.wants_bias_gradient();
+    // With gradients added up over jobs, the jobs must be the same for any number of workers.
+    const int32_t counted = bias ? 8 : workers.count;
+    if (const PlanOptions options = options_for<V>(Side::key, false, counted); joint_takes(problem, options))
+        return run_pass<V, JointWorker<V>>(problem, options, codec, workers, bias, memory);
     if (problem.grad_query.data || bias) {
-        // With gradients added up over jobs, the jobs must be the same for any number of workers.
-        const PlanOptions options = options_for<V>(Side::query, false, bias ? 8 : workers.count);
+        const PlanOptions options = options_for<V>(Side::query, false, counted);
         most_bytes = run_pass<V, QueryPassWorker<V>>(problem, options, codec, workers, bias, memory);
     }
     if (problem.grad_key.data || problem.grad_value.data) {

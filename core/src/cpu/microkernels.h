@@ -38,9 +38,9 @@ LOCALATTN_INLINE TileSplit split_tiles(int registers, int rows, int total) {
 
 template <class V, int Rows, int Columns>
 __attribute__((noinline)) static void scores_tile(const typename V::T *__restrict a, ptrdiff_t a_row,
-                                                  const typename V::T *__restrict b, ptrdiff_t b_channel,
-                                                  int64_t channels, typename V::T *__restrict s, ptrdiff_t s_row,
-                                                  const typename V::T *next, const char *stream,
+                                                  ptrdiff_t a_channel, const typename V::T *__restrict b,
+                                                  ptrdiff_t b_channel, int64_t channels, typename V::T *__restrict s,
+                                                  ptrdiff_t s_row, const typename V::T *next, const char *stream,
                                                   ptrdiff_t stream_step) {
     using reg = typename V::reg;
     reg sum[Rows][Columns];
@@ -66,7 +66,7 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
             LOCALATTN_UNROLL
             for (int r = 0; r < Rows; ++r) sum[r][n] += x[r] * y;
         }
-        a += V::lanes;
+        a += a_channel;
         b += b_channel;
     }
     LOCALATTN_UNROLL
@@ -78,8 +78,8 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
 // not see (NaN and infinity too) cannot reach them.
 template <class V, int Rows, int Columns, bool Masked>
 __attribute__((noinline)) static void values_tile(const typename V::T *__restrict p, ptrdiff_t p_row, ptrdiff_t p_b_row,
-                                                  const typename V::T *__restrict v, ptrdiff_t v_channel,
-                                                  ptrdiff_t v_row, int b_rows, int entries,
+                                                  ptrdiff_t p_entry, const typename V::T *__restrict v,
+                                                  ptrdiff_t v_channel, ptrdiff_t v_row, int b_rows, int entries,
                                                   const typename V::Mask *mask, typename V::T *__restrict o,
                                                   ptrdiff_t o_row) {
     using reg = typename V::reg;
@@ -108,7 +108,7 @@ __attribute__((noinline)) static void values_tile(const typename V::T *__restric
                 LOCALATTN_UNROLL
                 for (int r = 0; r < Rows; ++r) sum[r][n] += x[r] * z;
             }
-            pp += V::lanes;
+            pp += p_entry;
             ++vv;
         }
     }
@@ -122,10 +122,10 @@ template <class V>
 struct Microkernels {
     using T = typename V::T;
     using Mask = typename V::Mask;
-    using Scores = void (*)(const T *, ptrdiff_t, const T *, ptrdiff_t, int64_t, T *, ptrdiff_t, const T *,
+    using Scores = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T *, ptrdiff_t, const T *,
                             const char *, ptrdiff_t);
-    using Values = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, ptrdiff_t, int, int, const Mask *,
-                            T *, ptrdiff_t);
+    using Values = void (*)(const T *, ptrdiff_t, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, ptrdiff_t, int, int,
+                            const Mask *, T *, ptrdiff_t);
     static constexpr int rows = max_rows(V::registers);
 
     struct Table {
@@ -152,26 +152,27 @@ struct Microkernels {
     static constexpr Table table = make();
 
     // Scores of `count` consecutive entries.
-    LOCALATTN_INLINE void scores(int r, const T *a, ptrdiff_t a_row, const T *b, ptrdiff_t b_channel, int64_t channels,
-                                 T *s, ptrdiff_t s_row, int count, const T *next, Stream &stream) {
+    LOCALATTN_INLINE void scores(int r, const T *a, ptrdiff_t a_row, ptrdiff_t a_channel, const T *b,
+                                 ptrdiff_t b_channel, int64_t channels, T *s, ptrdiff_t s_row, int count, const T *next,
+                                 Stream &stream) {
         const TileSplit split = split_tiles(V::registers, r, count);
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(count, i);
             const Stream::Piece piece = stream.take(channels);
-            table.scores[r][n](a, a_row, b + done, b_channel, channels, s + done * V::lanes, s_row,
+            table.scores[r][n](a, a_row, a_channel, b + done, b_channel, channels, s + done * V::lanes, s_row,
                                next + i * (64 / static_cast<int>(sizeof(T))), piece.address, piece.step);
             done += n;
         }
     }
     // Adds the contribution of `entries` consecutive entries of b_rows rows to all channels. mask: NULL or per entry.
-    LOCALATTN_INLINE void values(int r, const T *p, ptrdiff_t p_row, ptrdiff_t p_b_row, const T *v, ptrdiff_t v_channel,
-                                 ptrdiff_t v_row, int b_rows, int entries, const Mask *mask, T *o, ptrdiff_t o_row,
-                                 int channels) {
+    LOCALATTN_INLINE void values(int r, const T *p, ptrdiff_t p_row, ptrdiff_t p_b_row, ptrdiff_t p_entry, const T *v,
+                                 ptrdiff_t v_channel, ptrdiff_t v_row, int b_rows, int entries, const Mask *mask, T *o,
+                                 ptrdiff_t o_row, int channels) {
         const TileSplit split = split_tiles(V::registers, r, channels);
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(channels, i);
-            table.values[mask != nullptr][r][n](p, p_row, p_b_row, v + done * v_channel, v_channel, v_row, b_rows,
-                                                entries, mask, o + done * V::lanes, o_row);
+            table.values[mask != nullptr][r][n](p, p_row, p_b_row, p_entry, v + done * v_channel, v_channel, v_row,
+                                                b_rows, entries, mask, o + done * V::lanes, o_row);
             done += n;
         }
     }

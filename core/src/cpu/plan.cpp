@@ -135,10 +135,6 @@ int64_t LaneAxis::most_slots(Side a) const {
     return query_period * ((highest - lowest) / key_period + 1);
 }
 
-namespace {
-
-// How many rows of B `block` neighbouring rows of one class of A pair with, at most; exact where the extents are equal.
-// Only speed depends on it: a block that pairs with more takes them in chunks.
 int64_t span_of(const Axis &axis, Side a, const RowAxis &rows, int64_t block) {
     const bool from_queries = a == Side::query;
     const int64_t k = axis.kernel, s = axis.stride;
@@ -158,7 +154,9 @@ int64_t span_of(const Axis &axis, Side a, const RowAxis &rows, int64_t block) {
     return from_queries && axis.border == Border::zero ? most : std::min(most, longest);
 }
 
-}  // namespace
+int block_rows_of(int64_t longest_chain, int most) {
+    return static_cast<int>(ceil_div(longest_chain, ceil_div(longest_chain, most)));
+}
 
 Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena) {
     Plan plan;
@@ -177,15 +175,21 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const Axis &axis1 = problem.axis[1];
     const bool from_queries = a == Side::query;
     const int64_t chain1 = from_queries ? plan.axis1.longest_query_chain : plan.axis1.longest_key_chain;
-    // Blocks of equal height: 14 rows are 5 + 5 + 4, not 6 + 6 + 2.
-    plan.block_rows = static_cast<int>(ceil_div(chain1, ceil_div(chain1, options.block_rows)));
+    plan.block_rows = block_rows_of(chain1, options.block_rows);
     plan.sweeps = problem.axis[0].kernel > 1 && plan.rows0().count > 1;
     const int64_t span0 = span_of(problem.axis[0], a, plan.axis0, 1);
     const int64_t span1 = span_of(axis1, a, plan.axis1, plan.block_rows);
 
     // Strips as wide as the ring's budget allows, balanced; one tile at least.
     const int64_t tiles = ceil_div(lane.lanes(a), plan.lanes);
-    const int64_t offsets = lane.highest_offset(a) - lane.lowest_offset(a);
+    plan.halo_tiles = options.halo_tiles;
+    plan.lead = -lane.lowest_offset(a);
+    int64_t trail = lane.highest_offset(a);
+    if (options.margin > 0) {
+        plan.lead = std::max(plan.lead, options.margin);
+        trail = std::max(trail, options.margin);
+    }
+    const int64_t offsets = plan.lead + trail;
     const int64_t channels = problem.channels + problem.value_channels;
     const auto packed_positions = [&](int64_t strip_tiles) {
         const int64_t phase = ceil_div(strip_tiles * plan.lanes + offsets, plan.lanes) * plan.lanes;
@@ -199,8 +203,8 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const auto ring_bytes = [&](int64_t strip_tiles) {
         return span0 * span1 * channels * packed_positions(strip_tiles) * plan.element;
     };
-    int64_t wide = 1;
-    while (wide < tiles && ring_bytes(wide + 1) <= options.ring_bytes) ++wide;
+    int64_t wide = std::max<int64_t>(1, options.strip_tiles);
+    while (options.strip_tiles == 0 && wide < tiles && ring_bytes(wide + 1) <= options.ring_bytes) ++wide;
     plan.strips = ceil_div(tiles, wide);
     plan.strip_tiles = ceil_div(tiles, plan.strips);
     plan.strips = ceil_div(tiles, plan.strip_tiles);
@@ -230,7 +234,7 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const int64_t others = problem.batch * plan.a_heads * planes * plan.strips * rows.classes;
     const int64_t shortest = std::max<int64_t>(plan.block_rows, span1 + span1 / 2 - plan.block_rows);
     int64_t parts = 1;
-    while (others * parts < 4 * options.workers && chain1 / (parts + 1) >= shortest) ++parts;
+    while (others * parts < options.jobs_each * options.workers && chain1 / (parts + 1) >= shortest) ++parts;
     int64_t length = plan.sweeps ? plan.block_rows : std::max<int64_t>(1, ceil_div(chain1, parts));
     length = ceil_div(length, plan.block_rows) * plan.block_rows;
     const int64_t most_segments = rows_a / length + rows.classes;
@@ -287,9 +291,7 @@ LaneTile *take_tiles(const Plan &plan, Arena &arena) {
     return all;
 }
 
-int64_t first_packed_lane(const Plan &plan, int64_t strip) {
-    return strip * plan.strip_lanes() + plan.lane_axis.lowest_offset(plan.a);
-}
+int64_t first_packed_lane(const Plan &plan, int64_t strip) { return strip * plan.strip_lanes() - plan.lead; }
 
 namespace {
 
@@ -374,16 +376,18 @@ void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
     const int64_t first_lane = first_packed_lane(plan, strip);
     for (int64_t phase = 0; phase < lane.period(a); ++phase) {
         const LanePattern *inner = nullptr;
-        for (int64_t i = 0; i < plan.strip_tiles; ++i) {
-            LaneTile &tile = tiles[phase * plan.strip_tiles + i];
+        for (int64_t i = -plan.halo_tiles; i < plan.strip_tiles + plan.halo_tiles; ++i) {
+            LaneTile &tile = *tiles++;
             tile.phase = phase;
             tile.lane = strip * plan.strip_lanes() + i * plan.lanes;
             tile.column = tile.lane - first_lane;
             tile.query = lane.query_period * tile.lane;
             const int64_t existing = (lane.extent(a) - phase + lane.period(a) - 1) / lane.period(a) - tile.lane;
             tile.count = static_cast<int32_t>(std::clamp<int64_t>(existing, 0, plan.lanes));
+            if (tile.lane < 0) tile.count = 0;
             if (tile.count == 0) continue;
-            const bool shares = is_inner(lane, a, plan.lanes, tile);
+            const bool in_halo = i < 0 || i >= plan.strip_tiles;
+            const bool shares = !in_halo && is_inner(lane, a, plan.lanes, tile);
             if (shares && inner) {
                 tile.pattern = inner;
                 continue;
@@ -392,9 +396,11 @@ void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
             tile.own.slots = tile.own.runs = 0;
             tile.own.masks_scores = tile.own.masks_values = false;
             tile.own.alike = tile.own.uniform = true;
+            int64_t from = lane.lowest_offset(a), to = lane.highest_offset(a);
+            if (i < 0) from = std::max(from, -i * plan.lanes - (plan.lanes - 1));
+            if (i >= plan.strip_tiles) to = std::min(to, (plan.strip_tiles - i) * plan.lanes - 1);
             for (int64_t b_phase = 0; b_phase < lane.period(b); ++b_phase)
-                for (int64_t offset = lane.lowest_offset(a); offset <= lane.highest_offset(a); ++offset)
-                    add_slot(plan, b_phase, offset, tile);
+                for (int64_t offset = from; offset <= to; ++offset) add_slot(plan, b_phase, offset, tile);
             if (shares) inner = tile.pattern;
         }
     }

@@ -116,6 +116,8 @@ struct Plan {
     LaneAxis lane_axis;
 
     int64_t strips = 0, strip_tiles = 0;  // tiles along the lanes; each strip has all phases
+    int64_t halo_tiles = 0;               // tiles on either side of the strip that it knows as well
+    int64_t lead = 0;                     // packed lanes of B before the strip's first
     int64_t phase_stride = 0;             // packed positions per phase of B
     int64_t packed = 0;                   // packed positions per channel: a row of B is [channels][packed]
     int64_t most_slots = 0;
@@ -146,19 +148,31 @@ struct Job {
 struct PlanOptions {
     Side a = Side::query;
     int lanes = 0, element = 0, block_rows = 0;
-    int32_t workers = 1;
-    int64_t ring_bytes = 0;   // what the ring may take: sized to the L2 cache
-    int64_t score_bytes = 0;  // what one chunk's scores may take
-    bool whole_rows = true;   // scores of all rows at once where they fit (softmax), else few rows at a time
+    int32_t workers = 1, jobs_each = 4;  // as many jobs for each worker, if none gets too short
+    int64_t ring_bytes = 0;              // what the ring may take: sized to the L2 cache
+    int64_t score_bytes = 0;             // what one chunk's scores may take
+    bool whole_rows = true;              // scores of all rows at once where they fit (softmax), else few rows at a time
+    int64_t strip_tiles = 0;             // 0: as wide as the ring allows
+    int64_t halo_tiles = 0;
+    int64_t margin = 0;  // lanes of B packed on either side of the strip, if its tiles do not need more
 };
 Plan make_plan(const Problem &, const PlanOptions &, Arena &);
 Job job_of(const Plan &, int64_t index);
 
-// Memory for the tiles of one strip, and the tiles themselves, [phase][tile].
+// How many rows of B `block` neighbouring rows of one class of A pair with, at most; exact where the extents are equal.
+// Only speed depends on it elsewhere: a block that pairs with more takes them in chunks.
+int64_t span_of(const Axis &, Side a, const RowAxis &, int64_t block);
+// Rows of A per register tile, at most `most`: blocks of equal height, as 14 rows are 5 + 5 + 4, not 6 + 6 + 2.
+int block_rows_of(int64_t longest_chain, int most);
+
+// Memory for the tiles of one strip, and the tiles themselves, [phase][tile], those of the halo included; these pair
+// with the strip's own lanes of B only.
 LaneTile *take_tiles(const Plan &, Arena &);
 void build_tiles(const Plan &, int64_t strip, LaneTile *);
 // First lane of B that a strip's packed rows hold; position of phase 0 at packed column 0.
 int64_t first_packed_lane(const Plan &, int64_t strip);
-inline int64_t tiles_in_strip(const Plan &plan) { return plan.strip_tiles * plan.lane_axis.period(plan.a); }
+inline int64_t tiles_in_strip(const Plan &plan) {
+    return (plan.strip_tiles + 2 * plan.halo_tiles) * plan.lane_axis.period(plan.a);
+}
 
 }  // namespace localattn::cpu

@@ -147,7 +147,7 @@ struct RingSlots {
 // Packs one row of B for a strip: all phases, all positions that the strip's tiles read, zeros outside the map.
 template <class V>
 LOCALATTN_INLINE void pack_row(const Plan &plan, const Codec<V> &codec, const Tensor &tensor, int64_t offset,
-                               int64_t strip, int64_t channels, typename V::T *out) {
+                               int64_t strip, int64_t channels, typename V::T *out, typename V::T factor = 1) {
     const LaneAxis &lane = plan.lane_axis;
     const Side b = plan.a == Side::query ? Side::key : Side::query;
     const int64_t period = lane.period(b), first = first_packed_lane(plan, strip);
@@ -157,7 +157,7 @@ LOCALATTN_INLINE void pack_row(const Plan &plan, const Codec<V> &codec, const Te
         const int64_t to = least(plan.phase_stride, exist - first);
         const int64_t step = tensor.axis[2] * period;
         codec.pack(at(codec, tensor, offset + phase * tensor.axis[2] + first * step), step, tensor.channel, from, to,
-                   plan.phase_stride, channels, typename V::T(1), out + phase * plan.phase_stride, plan.packed);
+                   plan.phase_stride, channels, factor, out + phase * plan.phase_stride, plan.packed);
     }
 }
 

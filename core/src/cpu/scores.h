@@ -43,12 +43,36 @@ LOCALATTN_INLINE ptrdiff_t padded(ptrdiff_t elements, int element) {
     return (lines % 2 ? lines : lines + 1) * line;
 }
 
+// The rows of A that a tile is about: [row][channel], each element a register of lanes.
+template <class V>
+struct TileRows {
+    const typename V::T *data;
+    ptrdiff_t row, channel = V::lanes;
+};
+
+// The weights of a tile, [row of A][row of B][entry], each element a register of lanes: by slot of the tile's pattern,
+// or, where tiles share an array, by packed column of B, of which `first` comes first.
+template <class V>
+struct TileWeights {
+    const typename V::T *data;
+    ptrdiff_t row, b_row, entry = V::lanes;
+    bool by_column = false;
+    int64_t first = 0;
+    const typename V::T *of(const LaneRun &run) const {
+        return data + (by_column ? run.column - first : run.slot) * entry;
+    }
+};
+
+template <class V>
+LOCALATTN_INLINE TileWeights<V> dense_weights(const LaneTile &tile, const typename V::T *s, ptrdiff_t s_row) {
+    return {s, s_row, tile.pattern->slots * V::lanes};
+}
+
 // s[row][b][slot][lane] = a . b for the paired rows of the chunk.
 template <class V>
 LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedRows<V> &rows, int64_t channels,
-                                  const typename V::T *a, ptrdiff_t a_row, typename V::T *s, ptrdiff_t s_row,
-                                  Stream &stream) {
+                                  const TileRows<V> &a, typename V::T *s, ptrdiff_t s_row, Stream &stream) {
     const LanePattern &pattern = *tile.pattern;
     const int64_t cell = pattern.slots * V::lanes;
     for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
@@ -60,9 +84,9 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
             typename V::T *out = s + paired.begin * s_row + chunk.index(b0, b) * cell;
             for (int i = 0; i < pattern.runs; ++i) {
                 const LaneRun &run = pattern.run[i];
-                Microkernels<V>::scores(paired.end - paired.begin, a + paired.begin * a_row, a_row, packed + run.column,
-                                        plan.packed, channels, out + run.slot * V::lanes, s_row, run.count,
-                                        next + run.column, stream);
+                Microkernels<V>::scores(paired.end - paired.begin, a.data + paired.begin * a.row, a.row, a.channel,
+                                        packed + run.column, plan.packed, channels, out + run.slot * V::lanes, s_row,
+                                        run.count, next + run.column, stream);
             }
         }
     }
@@ -73,7 +97,7 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
 template <class V>
 LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedRows<V> &rows, int64_t channels,
-                                  const typename V::T *p, ptrdiff_t p_row, typename V::T *o, ptrdiff_t o_row) {
+                                  const TileWeights<V> &p, typename V::T *o, ptrdiff_t o_row) {
     using Mask = typename V::Mask;
     const LanePattern &pattern = *tile.pattern;
     if (pattern.slots == 0) return;
@@ -96,13 +120,13 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
             const typename V::T *packed = rows.data + slots.of(b0, b) * rows.row + tile.column;
             const auto weigh = [&](int begin, int end, const Mask *mask) __attribute__((always_inline)) {
                 if (begin >= end) return;
-                const typename V::T *weights = p + begin * p_row + chunk.index(b0, b) * cell;
+                const ptrdiff_t from = begin * p.row + chunk.index(b0, b) * p.b_row;
                 for (int i = 0; i < pattern.runs; ++i) {
                     const LaneRun &run = pattern.run[i];
-                    Microkernels<V>::values(end - begin, weights + run.slot * V::lanes, p_row, cell,
-                                            packed + run.column, plan.packed, rows.row, static_cast<int>(last - b),
-                                            run.count, mask ? mask + run.slot * V::lanes : nullptr, o + begin * o_row,
-                                            o_row, static_cast<int>(channels));
+                    Microkernels<V>::values(end - begin, p.of(run) + from, p.row, p.b_row, p.entry, packed + run.column,
+                                            plan.packed, rows.row, static_cast<int>(last - b), run.count,
+                                            mask ? mask + run.slot * V::lanes : nullptr, o + begin * o_row, o_row,
+                                            static_cast<int>(channels));
                 }
             };
             if (partial) {

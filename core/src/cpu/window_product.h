@@ -289,8 +289,8 @@ struct ScoreWorker : ProductWorker<V> {
             this->pack_a(problem.query, job, block, tile);
             for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
                 ring.pack(plan, codec, problem.key, job, chunks.now);
-                score_chunk<V>(plan, block, tile, chunks.now, ring.slots, ring.rows, problem.channels, this->a,
-                               this->a_row, s, s_row, this->stream);
+                score_chunk<V>(plan, block, tile, chunks.now, ring.slots, ring.rows, problem.channels,
+                               {this->a, this->a_row}, s, s_row, this->stream);
                 write_scores(job, block, i, chunks.now);
             }
             write_rest(job, block, i);
@@ -354,8 +354,8 @@ struct WeighWorker : ProductWorker<V> {
             for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
                 ring.pack(plan, codec, problem.key, job, chunks.now);
                 read_weights(job, block, i, chunks.now);
-                weigh_chunk<V>(plan, block, tiles[i], chunks.now, ring.slots, ring.rows, problem.channels, s, s_row,
-                               this->a, this->a_row);
+                weigh_chunk<V>(plan, block, tiles[i], chunks.now, ring.slots, ring.rows, problem.channels,
+                               dense_weights<V>(tiles[i], s, s_row), this->a, this->a_row);
             }
             this->unpack_a(problem.query, job, block, tiles[i]);
         }
@@ -439,8 +439,8 @@ struct TransposedWorker : ProductWorker<V> {
             for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
                 ring.pack(plan, codec, problem.query, job, chunks.now);
                 read_weights(job, block, i, chunks.now);
-                weigh_chunk<V>(plan, block, tiles[i], chunks.now, ring.slots, ring.rows, problem.channels, s, s_row,
-                               this->a, this->a_row);
+                weigh_chunk<V>(plan, block, tiles[i], chunks.now, ring.slots, ring.rows, problem.channels,
+                               dense_weights<V>(tiles[i], s, s_row), this->a, this->a_row);
             }
             this->unpack_a(problem.key, job, block, tiles[i]);
         }
