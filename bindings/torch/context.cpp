@@ -5,6 +5,7 @@
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 namespace localattn_torch {
 
@@ -68,6 +69,19 @@ void Context::lend_workspace(size_t bytes) {
     workspace_ = at::empty({static_cast<int64_t>(bytes)}, at::TensorOptions().dtype(at::kByte).device(device_));
     context_.workspace = workspace_.mutable_data_ptr();
     context_.workspace_size = bytes;
+}
+
+at::Tensor empty_result(at::IntArrayRef shape, const at::TensorOptions &options) {
+    at::Tensor result = at::empty(shape, options);
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t page = uintptr_t{2} << 20, worthwhile = 2 * page;
+    if (result.device().is_cpu() && result.nbytes() >= worthwhile) {
+        const auto data = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+        const uintptr_t begin = (data + page - 1) / page * page, end = (data + result.nbytes()) / page * page;
+        madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may be declined
+    }
+#endif
+    return result;
 }
 
 }  // namespace localattn_torch

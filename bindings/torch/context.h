@@ -50,4 +50,8 @@ void run(const Operation<Params> &operation, localattn_pass pass, const Params &
     Context(query.device()).run(operation, pass, params);
 }
 
+// Memory for a result. What is large comes in large pages where the system has them to give: on fresh memory a fault
+// for every 4 KiB takes as long as the arithmetic of a small window.
+at::Tensor empty_result(at::IntArrayRef shape, const at::TensorOptions &options);
+
 }  // namespace localattn_torch

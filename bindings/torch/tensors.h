@@ -96,7 +96,7 @@ inline Tensor empty_ordered_as(const Tensor &like, int64_t channels, at::IntArra
         Shape shape = like.sizes().vec();
         std::copy(extents.begin(), extents.end(), shape.begin() + 1);
         shape.back() = channels;
-        return at::empty(shape, like.options());
+        return empty_result(shape, like.options());
     }
     Shape shape{like.size(0), like.size(-2), channels};
     Shape order{0};
@@ -105,7 +105,7 @@ inline Tensor empty_ordered_as(const Tensor &like, int64_t channels, at::IntArra
         order.push_back(i + 2);
     }
     order.insert(order.end(), {1, 2});
-    return at::empty(shape, like.options()).permute(order);
+    return empty_result(shape, like.options()).permute(order);
 }
 
 inline localattn_border border_named(const std::string &name) {

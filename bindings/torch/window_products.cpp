@@ -83,7 +83,7 @@ Tensor similarity(const Tensor &query, const Tensor &key, at::IntArrayRef kernel
     if (as_gradient) {
         auto params = params_of<localattn_weighting_params>(query, "query", extents(query), extents(key), kernel_size,
                                                             stride, dilation, is_causal, raster_causal, border);
-        const Tensor weights = at::empty(shape, query.options());
+        const Tensor weights = empty_result(shape, query.options());
         params.grad_output = full(query);
         params.value = full(key);
         params.grad_weights = full(weights);
@@ -94,7 +94,7 @@ Tensor similarity(const Tensor &query, const Tensor &key, at::IntArrayRef kernel
                                                          stride, dilation, is_causal, raster_causal, border);
     params.has_fill = fill.has_value();
     params.fill = fill.value_or(0);
-    const Tensor scores = at::empty(shape, query.options());
+    const Tensor scores = empty_result(shape, query.options());
     params.query = full(query);
     params.key = full(key);
     params.scores = full(scores);

@@ -26,6 +26,7 @@ class Peer(ABC):
     name: str
     backward = True  # whether it has a backward pass on the CPU
     reduced = False  # whether it is measured in bfloat16 too
+    copies_windows = False  # whether it holds the keys of every window
 
     def absent(self) -> str | None:
         """Why it cannot be measured here at all; None if it can."""
@@ -46,6 +47,8 @@ class Peer(ABC):
         needed, there = self.memory(shape, backward), available_memory()
         if needed > there // 2:
             return f"needs about {needed / GIB:.0f} GiB, {there / GIB:.0f} GiB are free"
+        if self.copies_windows and shape.elements * shape.kernel**2 > 10**9:
+            return "copies every window: takes minutes"
         return None
 
 
@@ -64,6 +67,7 @@ class Unfold(Peer):
     """The published plain PyTorch form: F.unfold of key and value, then products."""
 
     name = "unfold"
+    copies_windows = True
 
     def memory(self, shape: Shape, backward: bool) -> int:
         return (8 if backward else 4) * 4 * shape.elements * shape.kernel**2
@@ -89,6 +93,7 @@ class UnfoldInChunks(Peer):
     """Strided views in place of F.unfold, a few rows of the image at a time, so that the copies stay in the cache."""
 
     name = "unfold in chunks"
+    copies_windows = True
 
     def memory(self, shape: Shape, backward: bool) -> int:
         copies = 4 * shape.elements * shape.kernel**2

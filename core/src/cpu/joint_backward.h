@@ -57,7 +57,7 @@ struct JointWorker {
         take_key_ring(w.keys, w.by_query, arena);
         take_query_ring(w.ring, plan, arena);
         w.grad_q_row = padded(w.tiles_of_strip() * w.problem.channels * V::lanes, sizeof(T));
-        w.grad_q = arena.take<T>(plan.ring1 * w.grad_q_row);
+        w.grad_q = arena.take<T>(plan.ring0 * plan.ring1 * w.grad_q_row);
         w.s_row = padded(plan.block_rows * w.by_query.most_slots * V::lanes, sizeof(T));
         w.s = arena.take<T>(plan.block_rows * w.s_row);
         w.dp = arena.take<T>(plan.block_rows * w.s_row);
@@ -115,7 +115,7 @@ struct JointWorker {
         for (int r = 0; r < block.rows; ++r) {
             int64_t begin, end;
             present_rows(by_query, block.row0, block.row + r, b0, begin, end);
-            const int64_t slot = ring.slots.of(b0, block.row + r);
+            const int64_t slot = ring.slots.of(block.row0, block.row + r);
             const reg l = V::load(ring.lse + slot * plan.packed + at),
                       d = V::load(ring.delta + slot * plan.packed + at);
             for (int64_t b = most(begin, chunk.begin); b < least(end, chunk.end); ++b) {
@@ -131,7 +131,8 @@ struct JointWorker {
                 }
                 const BiasRow row = bias_row(by_query, job.batch, job.head, block.row0, block.row + r, b0, b);
                 if (bias) codec.add_bias(by_query, tile, row, T(log2_e), scores);
-                const bool partial = problem.raster && b == by_query.axis1.centre[block.row + r];
+                const bool partial = problem.raster && b0 == by_query.axis0.centre[block.row0] &&
+                                     b == by_query.axis1.centre[block.row + r];
                 const int64_t pair = ((b - chunk.begin) * plan.block_rows + r) * pair_step();
                 const bool keep = real && to_planes;
                 differentiate_row(tile, partial, real ? keys.mask_of(b0, b, tile) : nullptr, l, d, scores, ds, column,
@@ -143,7 +144,7 @@ struct JointWorker {
 
     // Queries of one block against a block of keys.
     void run_queries(const Job &job, const Block &block, const Chunk &chunk, bool owns_keys, bool owns_queries) {
-        const int64_t slot = ring.slots.of(chunk.begin0, block.row);
+        const int64_t slot = ring.slots.of(block.row0, block.row);
         for (int64_t i = 0; i < tiles_in_strip(by_query); ++i) {
             const LaneTile &tile = query_tiles[i];
             if (tile.count == 0) continue;
@@ -243,7 +244,8 @@ struct JointWorker {
     // The query rows that a job needs for a block of keys: all that pair, or only its own.
     Chunk queries_of(const Block &keys_block, const Owned &owned) const {
         if (owned.has(keys_block.row) && wants_keys()) return reach(plan, keys_block, false);
-        Chunk own{keys_block.row0, keys_block.row0 + 1, owned.end, owned.end};
+        const RowList &planes = plan.rows0();
+        Chunk own{planes.begin[keys_block.row0], planes.end[keys_block.row0], owned.end, owned.end};
         for (int64_t q = owned.end; q-- > owned.begin;)
             if (first_key(q) < keys_block.row + keys_block.rows && last_key(q) > keys_block.row) own.begin = q;
         own.end = own.begin;
@@ -251,8 +253,17 @@ struct JointWorker {
         return own;
     }
 
+    // The job's own among the query rows that pair with a block, where their gradients are wanted.
+    template <class Body>
+    void each_owned(const Chunk &queries, const Owned &owned, const Body &body) const {
+        if (!problem.grad_query.data) return;
+        for (int64_t q0 = queries.begin0; q0 < queries.end0; ++q0)
+            for (int64_t q = most(queries.begin, owned.begin); q < least(queries.end, owned.end); ++q) body(q0, q);
+    }
+
     void announce(const Job &job, const Block &block, const Chunk &queries) {
         stream.clear();
+        if (queries.end0 != queries.begin0 + 1) return;
         const auto rows = [&](const Plan &p, const Tensor &t, int64_t begin, int64_t channels) {
             stream_rows(p, codec.element_size, t, job.batch, job.head, job.strip, false, block.row0, begin,
                         begin + plan.block_rows, channels, stream);
@@ -274,43 +285,37 @@ struct JointWorker {
         keys.pack(by_query, codec, job.batch, job.head, job.strip, chunk);
         ring.pack(plan, codec, job.batch, job.head, job.strip, queries, T(problem.scale * log2_e));
 
-        const int64_t height = plan.block_rows;
-        const int64_t from = most(queries.begin, owned.begin), to = least(queries.end, owned.end);
-        if (problem.grad_query.data) {
-            // Queries whose windows begin here.
-            for (int64_t q = from; q < to; ++q) {
-                if (first_key(q) < block.row || first_key(q) >= end) continue;
-                T *sum = grad_q + ring.slots.of(row0, q) * grad_q_row;
-                for (int64_t i = 0; i < grad_q_row; i += V::lanes) V::store(sum + i, reg{});
-            }
-        }
+        each_owned(queries, owned, [&](int64_t q0, int64_t q) {
+            const bool begins =
+                by_query.axis0.query.begin[q0] == row0 && first_key(q) >= block.row && first_key(q) < end;
+            T *sum = grad_q + ring.slots.of(q0, q) * grad_q_row;
+            for (int64_t i = 0; begins && i < grad_q_row; i += V::lanes) V::store(sum + i, reg{});
+        });
         if (owns_keys) {
             each_key_gradient(*this, [&](const KeyGradient &g) {
                 for (int64_t i = 0; i < tiles_of_strip() * plan.block_rows * g.row; i += V::lanes)
                     V::store(g.sum + i, reg{});
             });
         }
-        for (int64_t q = queries.begin; q < queries.end;) {
-            // In one piece in the ring, and owned as a whole or not at all.
-            int64_t next = least(queries.end, (q / height + 1) * height);
-            if (q < owned.begin) next = least(next, owned.begin);
-            if (q < owned.end) next = least(next, owned.end);
-            const Block some{row0, q, static_cast<int>(next - q)};
-            run_queries(job, some, chunk, owns_keys, owned.has(q));
-            if (owns_keys) run_keys(job, block, {row0, row0 + 1, q, next});
-            q = next;
-        }
-        if (owns_keys) store_keys(job, block);
-        if (!problem.grad_query.data) return;
-        for (int64_t q = from; q < to; ++q) {
-            if (last_key(q) <= block.row || last_key(q) > end) continue;
-            for (int64_t i = 0; i < tiles_of_strip(); ++i) {
-                const LaneTile &tile = key_tiles[i];
-                if (tile.count == 0) continue;
-                store(problem.grad_query, job, row0, q, tile, problem.channels, T(problem.scale),
-                      grad_q + ring.slots.of(row0, q) * grad_q_row + i * problem.channels * V::lanes);
+        for (int64_t q0 = queries.begin0; q0 < queries.end0; ++q0) {
+            for (int64_t q = queries.begin; q < queries.end;) {
+                // In one piece in the ring, and owned as a whole or not at all.
+                int64_t next = least(queries.end, (q / plan.block_rows + 1) * plan.block_rows);
+                if (q < owned.begin) next = least(next, owned.begin);
+                if (q < owned.end) next = least(next, owned.end);
+                run_queries(job, {q0, q, static_cast<int>(next - q)}, chunk, owns_keys, owned.has(q));
+                if (owns_keys) run_keys(job, block, {q0, q0 + 1, q, next});
+                q = next;
             }
         }
+        if (owns_keys) store_keys(job, block);
+        each_owned(queries, owned, [&](int64_t q0, int64_t q) {
+            const bool ends = by_query.axis0.query.end[q0] == row0 + 1 && last_key(q) > block.row && last_key(q) <= end;
+            for (int64_t i = 0; ends && i < tiles_of_strip(); ++i)
+                if (key_tiles[i].count > 0)
+                    store(problem.grad_query, job, q0, q, key_tiles[i], problem.channels, T(problem.scale),
+                          grad_q + ring.slots.of(q0, q) * grad_q_row + i * problem.channels * V::lanes);
+        });
     }
 
     void run(const Job &job) {

@@ -6,6 +6,8 @@ namespace localattn::cpu {
 
 namespace {
 
+// Jobs for each worker, if none gets too short: few, as neighbouring jobs compute some pairs twice.
+constexpr int32_t jobs_each = 2;
 // What a job holds, wished for and at most: beyond, the passes over one side at a time need less.
 constexpr int64_t wished_bytes = int64_t{4} << 20, most_bytes = int64_t{6} << 20;
 
@@ -20,36 +22,59 @@ struct Shape {
     int64_t tiles;    // along the whole axis
     int64_t reached;  // tiles on either side that a tile pairs with
     int64_t planes;
-    int64_t block, ring;  // rows of keys at once, rows of queries held
+    int64_t block;        // rows of keys at once
+    int64_t ring0, ring;  // rows of queries held, along axes 0 and 1
+    int64_t wide;         // tiles of a strip
+    int64_t sweep_rows;   // rows of a job that sweeps axis 0
 };
 
+int64_t job_bytes(const Problem &problem, const PlanOptions &options, const LaneAxis &lane, const Shape &s) {
+    const int64_t phases = lane.key_period, channels = problem.channels + problem.value_channels;
+    const auto packed = [&](int64_t margin) {
+        return odd_lines((s.wide * options.lanes + 2 * margin) * phases, options.element);
+    };
+    const int64_t own = s.wide * options.lanes * phases;
+    const int64_t queries = s.ring0 * s.ring * (channels * packed(s.reached * options.lanes) + problem.channels * own);
+    const int64_t keys = s.block * channels * packed(s.reached * options.lanes);
+    const int64_t sums = s.block * channels * own;
+    const int64_t weights = 2 * s.block * s.block * s.planes * packed(options.lanes);
+    return (queries + keys + sums + weights) * options.element;
+}
+
+// The largest jobs that stay within what is wished for; where even the smallest does not, that.
 Shape shape_of(const Problem &problem, const PlanOptions &options, const LaneAxis &lane) {
     Arena nothing(nullptr);
-    const RowAxis rows = make_row_axis(problem.axis[1], nothing);
+    const RowAxis planes = make_row_axis(problem.axis[0], nothing), rows = make_row_axis(problem.axis[1], nothing);
+    const bool sweeps = problem.axis[0].kernel > 1 && problem.axis[0].keys > 1;
     const int64_t low = lane.lowest_offset(Side::key), high = lane.highest_offset(Side::key);
     Shape s;
     s.tiles = ceil_div(lane.lanes(Side::key), options.lanes);
     s.reached = ceil_div(std::max(-low, high), options.lanes);
     s.planes = high - low + 1;
     s.block = block_rows_of(rows.longest_key_chain, options.block_rows);
+    s.ring0 = sweeps ? span_of(problem.axis[0], Side::key, planes, 1) : 1;
+    s.wide = 1;
+    s.sweep_rows = s.block;
     // A multiple of the block, so that a block of query rows is in one piece.
-    s.ring = ceil_div(span_of(problem.axis[1], Side::key, rows, s.block), s.block) * s.block;
-    return s;
-}
-
-// Of strips of `wide` tiles.
-int64_t job_bytes(const Problem &problem, const PlanOptions &options, const LaneAxis &lane, const Shape &s,
-                  int64_t wide) {
-    const int64_t phases = lane.key_period, channels = problem.channels + problem.value_channels;
-    const auto packed = [&](int64_t margin) {
-        return odd_lines((wide * options.lanes + 2 * margin) * phases, options.element);
+    const auto ring_of = [&](int64_t height) {
+        return ceil_div(span_of(problem.axis[1], Side::key, rows, height), s.block) * s.block;
     };
-    const int64_t queries =
-        s.ring * (channels * packed(s.reached * options.lanes) + problem.channels * wide * options.lanes * phases);
-    const int64_t keys = s.block * channels * packed(s.reached * options.lanes);
-    const int64_t sums = s.block * channels * wide * options.lanes * phases;
-    const int64_t weights = 2 * s.block * s.block * s.planes * packed(options.lanes);
-    return (queries + keys + sums + weights) * options.element;
+    s.ring = ring_of(s.block);
+    const auto fits = [&](const Shape &larger) { return job_bytes(problem, options, lane, larger) <= wished_bytes; };
+    for (Shape larger = s; s.wide < s.tiles; s = larger) {
+        ++larger.wide;
+        if (!fits(larger)) break;
+    }
+    // Balanced, as make_plan does.
+    s.wide = ceil_div(s.tiles, ceil_div(s.tiles, s.wide));
+    const int64_t others = problem.batch * problem.kv_heads * ceil_div(s.tiles, s.wide) * rows.classes;
+    for (Shape larger = s; sweeps && s.sweep_rows < rows.longest_key_chain; s = larger) {
+        larger.sweep_rows += s.block;
+        larger.ring = ring_of(larger.sweep_rows);
+        const int64_t jobs = others * ceil_div(rows.longest_key_chain, larger.sweep_rows);
+        if (!fits(larger) || jobs < jobs_each * options.workers) break;
+    }
+    return s;
 }
 
 }  // namespace
@@ -58,23 +83,20 @@ bool joint_takes(const Problem &problem, PlanOptions options) {
     if (problem.heads != problem.kv_heads) return false;
     for (const Axis &axis : problem.axis)
         if (axis.queries != axis.keys || axis.stride != 1 || axis.keys == 0) return false;
-    if (problem.axis[0].kernel != 1 || problem.axis[0].dilation != 1) return false;
+    // The planes outside the map, of which a bias would have a gradient, are not swept.
+    if (problem.axis[0].kernel > 1 && problem.has_bias()) return false;
     const LaneAxis lane = make_lane_axis(problem.axis[2]);
     if (lane.key_period != lane.query_period) return false;
-    return job_bytes(problem, options, lane, shape_of(problem, options, lane), 1) <= most_bytes;
+    return job_bytes(problem, options, lane, shape_of(problem, options, lane)) <= most_bytes;
 }
 
 JointPlan make_joint_plan(const Problem &problem, PlanOptions options, Arena &arena) {
     const LaneAxis lane = make_lane_axis(problem.axis[2]);
     const Shape s = shape_of(problem, options, lane);
-    int64_t wide = 1;
-    while (wide < s.tiles && job_bytes(problem, options, lane, s, wide + 1) <= wished_bytes) ++wide;
-    // Balanced, as make_plan does.
-    wide = ceil_div(s.tiles, ceil_div(s.tiles, wide));
-    const bool whole = wide == s.tiles;
-    options.strip_tiles = wide;
-    // Neighbouring jobs share more here.
-    options.jobs_each = 2;
+    const bool whole = s.wide == s.tiles;
+    options.strip_tiles = s.wide;
+    options.sweep_rows = s.sweep_rows;
+    options.jobs_each = jobs_each;
 
     JointPlan plan;
     PlanOptions by_query = options;
@@ -89,10 +111,10 @@ JointPlan make_joint_plan(const Problem &problem, PlanOptions options, Arena &ar
     // Whole tiles, so that a tile of queries is aligned.
     options.margin = s.reached * options.lanes;
     static_cast<Plan &>(plan) = make_plan(problem, options, arena);
-    plan.ring0 = 1;
+    plan.ring0 = s.ring0;
     plan.ring1 = s.ring;
     plan.planes = s.planes;
-    plan.plane_phase = (wide + 2) * options.lanes;
+    plan.plane_phase = (s.wide + 2) * options.lanes;
     plan.plane_columns = odd_lines(plan.plane_phase * lane.key_period, options.element);
     return plan;
 }

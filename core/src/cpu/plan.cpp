@@ -235,7 +235,8 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const int64_t shortest = std::max<int64_t>(plan.block_rows, span1 + span1 / 2 - plan.block_rows);
     int64_t parts = 1;
     while (others * parts < options.jobs_each * options.workers && chain1 / (parts + 1) >= shortest) ++parts;
-    int64_t length = plan.sweeps ? plan.block_rows : std::max<int64_t>(1, ceil_div(chain1, parts));
+    int64_t length = plan.sweeps ? std::max<int64_t>(plan.block_rows, options.sweep_rows)
+                                 : std::max<int64_t>(1, ceil_div(chain1, parts));
     length = ceil_div(length, plan.block_rows) * plan.block_rows;
     const int64_t most_segments = rows_a / length + rows.classes;
     plan.segment = arena.take<int64_t>(most_segments + 1);

@@ -154,7 +154,8 @@ struct PlanOptions {
     bool whole_rows = true;              // scores of all rows at once where they fit (softmax), else few rows at a time
     int64_t strip_tiles = 0;             // 0: as wide as the ring allows
     int64_t halo_tiles = 0;
-    int64_t margin = 0;  // lanes of B packed on either side of the strip, if its tiles do not need more
+    int64_t sweep_rows = 1;  // rows of A per job where jobs sweep axis 0, if a block has fewer
+    int64_t margin = 0;      // lanes of B packed on either side of the strip, if its tiles do not need more
 };
 Plan make_plan(const Problem &, const PlanOptions &, Arena &);
 Job job_of(const Plan &, int64_t index);
