@@ -12,9 +12,23 @@ from ._layout import join_heads, split_heads
 KV_DOWNSAMPLE_MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
 
 
-def cut_regions(x: Tensor, regions: int) -> Tensor:
-    """``(B, H, W, ...)`` as ``(B, regions, regions, H / regions, W / regions, ...)``, a view."""
-    return x.unflatten(2, (regions, -1)).unflatten(1, (regions, -1)).transpose(2, 3)
+def cut_regions(x: Tensor, rows: int, columns: int | None = None) -> Tensor:
+    """``(B, H, W, ...)`` as ``(B, rows, columns, H / rows, W / columns, ...)``, a view; as many columns as rows unless
+    told."""
+    return x.unflatten(2, (columns or rows, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
+
+
+def attention_matrix(query: Tensor, key: Tensor, index: Tensor, weight: Tensor | None, scale: float, *grid: int):
+    """The weights that routed attention never forms, ``(B, R, heads, pixels, topk * tokens)``, from maps ``(B, H, W,
+    heads, D)`` of ``grid`` regions and their routing ``(B, R, topk)``."""
+    queries, keys = (
+        cut_regions(x, *grid).flatten(3, 4).flatten(1, 2) for x in (query, key)
+    )  # (B, R, pixels, heads, D)
+    batch = torch.arange(query.shape[0], device=query.device)[:, None, None]
+    routed = keys[batch, index]  # (B, R, topk, tokens, heads, D)
+    if weight is not None:
+        routed = routed * weight[..., None, None, None]
+    return torch.einsum("brphd,brthd->brhpt", queries * scale, routed.flatten(2, 3)).softmax(-1)
 
 
 class QKVLinear(nn.Module):
@@ -109,7 +123,7 @@ class BiLevelRoutingAttention(nn.Module):
         qk_dim = qk_dim or dim
         if num_heads < 1 or dim % num_heads or qk_dim % num_heads:
             raise ValueError(f"num_heads must divide dim={dim} and qk_dim={qk_dim}, got num_heads={num_heads}")
-        _check_routing(n_win, topk, side_dwconv)
+        _check_routing(n_win, topk, side_dwconv, most_regions=n_win**2)
         if kv_downsample_mode not in KV_DOWNSAMPLE_MODES:
             raise ValueError(
                 f"kv_downsample_mode must be one of {', '.join(map(repr, KV_DOWNSAMPLE_MODES))}, "
@@ -179,6 +193,7 @@ class BiLevelRoutingAttention(nn.Module):
         query = query.unflatten(-1, (self.num_heads, -1))
         kv_key = self._downsample(key).unflatten(-1, (self.num_heads, -1))
         kv_value = self._downsample(value).unflatten(-1, (self.num_heads, -1))
+        region_weight = weight if self.soft_routing else None
         attended = routed_attention(
             query,
             kv_key,
@@ -186,7 +201,7 @@ class BiLevelRoutingAttention(nn.Module):
             index,
             region_size,
             kv_region_size=(kv_key.shape[1] // self.n_win, kv_key.shape[2] // self.n_win),
-            region_weight=weight if self.soft_routing else None,
+            region_weight=region_weight,
             scale=self.scale,
         ).flatten(-2)
         if self.lepe is not None:
@@ -194,7 +209,8 @@ class BiLevelRoutingAttention(nn.Module):
         output = self.wo(attended)[:, :height, :width]
         if not ret_attn_mask:
             return output
-        return output, weight, index, self._attention_matrix(query, kv_key, index, weight)
+        attention = attention_matrix(query, kv_key, index, region_weight, self.scale, self.n_win)
+        return output, weight, index, attention.flatten(0, 1)
 
     def _region_means(self, x: Tensor) -> Tensor:
         return cut_regions(x, self.n_win).mean((3, 4)).flatten(1, 2)
@@ -218,16 +234,6 @@ class BiLevelRoutingAttention(nn.Module):
         pooled = pooled.permute(0, 2, 3, 1).unflatten(0, (x.shape[0], self.n_win, self.n_win))
         return pooled.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
-    def _attention_matrix(self, query: Tensor, key: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        queries = cut_regions(query, self.n_win).flatten(3, 4).flatten(1, 2)  # (B, R, pixels, heads, D)
-        keys = cut_regions(key, self.n_win).flatten(3, 4).flatten(1, 2)
-        batch = torch.arange(query.shape[0], device=query.device)[:, None, None]
-        routed = keys[batch, index]  # (B, R, topk, tokens, heads, D)
-        if self.soft_routing:
-            routed = routed * weight[..., None, None, None]
-        scores = torch.einsum("brphd,brthd->brhpt", queries * self.scale, routed.flatten(2, 3))
-        return scores.softmax(-1).flatten(0, 1)
-
     def extra_repr(self) -> str:
         return (
             f"dim={self.dim}, num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, "
@@ -249,7 +255,7 @@ class nchwBRA(nn.Module):
         num_heads: attention heads, dividing ``dim``.
         n_win: regions per axis.
         qk_scale: factor on the scores; None (or 0) is ``dim ** -0.5``, of all heads together.
-        topk: regions that a region attends to.
+        topk: regions that a region attends to, at most as many as there are.
         side_dwconv: kernel size of the depthwise convolution of the values that is added; odd, 0 for none.
         auto_pad: not used, as in the original: padding is automatic.
         attn_backend: "torch", the original's only one.
@@ -275,7 +281,7 @@ class nchwBRA(nn.Module):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim={dim}, got num_heads={num_heads}")
-        _check_routing(n_win, topk, side_dwconv)
+        _check_routing(n_win, topk, side_dwconv, most_regions=(2 * n_win - 1) ** 2)  # maps below 2 n_win pixels
         if attn_backend != "torch":
             raise ValueError(f"attn_backend must be 'torch', got {attn_backend!r}")
         factory = {"device": device, "dtype": dtype}
@@ -288,13 +294,25 @@ class nchwBRA(nn.Module):
         self.qkv_linear = nn.Conv2d(dim, 3 * dim, 1, **factory)
         self.output_linear = nn.Conv2d(dim, dim, 1, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ret_attn_mask: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: ``(B, dim, H, W)``.
+            ret_attn_mask: return also the attention matrix ``(B, num_heads, regions, pixels of a region, topk * pixels
+                of a region)``, which is computed for the purpose and takes the memory that this module otherwise saves.
+        """
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(f"nchwBRA takes (batch, {self.dim}, height, width), got shape {tuple(x.shape)}")
         height, width = x.shape[2:]
         if min(height, width) < self.n_win:
             raise ValueError(f"height and width must be at least n_win={self.n_win}, got {height} x {width}")
         region_size = (height // self.n_win, width // self.n_win)
+        grid = tuple(-(-length // pixels) for length, pixels in zip((height, width), region_size))
+        if self.topk > grid[0] * grid[1]:
+            raise ValueError(
+                f"topk={self.topk} is more than the {grid[0]} x {grid[1]} regions of {region_size[0]} x "
+                f"{region_size[1]} pixels that n_win={self.n_win} cuts {height} x {width} into: lower it"
+            )
         query, key, value = self.qkv_linear(x).chunk(3, dim=1)
 
         means = [
@@ -305,24 +323,24 @@ class nchwBRA(nn.Module):
 
         below, right = -height % region_size[0], -width % region_size[1]
         padded = [F.pad(part, (0, right, 0, below)) if below or right else part for part in (query, key, value)]
-        attended = join_heads(
-            routed_attention(
-                *(split_heads(part, self.num_heads) for part in padded), index, region_size, scale=self.scale
-            )
-        )[:, :, :height, :width]
+        maps = [split_heads(part, self.num_heads) for part in padded]
+        attended = join_heads(routed_attention(*maps, index, region_size, scale=self.scale))[:, :, :height, :width]
         if self.lepe is not None:
             attended = attended + self.lepe(value)
-        return self.output_linear(attended)
+        output = self.output_linear(attended)
+        if not ret_attn_mask:
+            return output
+        return output, attention_matrix(*maps[:2], index, None, self.scale, *grid).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}"
 
 
-def _check_routing(n_win: int, topk: int, side_dwconv: int) -> None:
+def _check_routing(n_win: int, topk: int, side_dwconv: int, most_regions: int) -> None:
     if n_win < 1:
         raise ValueError(f"n_win must be at least 1, got {n_win}")
-    if not 1 <= topk <= n_win**2:
-        raise ValueError(f"topk must be between 1 and the {n_win**2} regions of n_win={n_win}, got {topk}")
+    if not 1 <= topk <= most_regions:
+        raise ValueError(f"topk must be between 1 and the {most_regions} regions of n_win={n_win}, got {topk}")
     if side_dwconv < 0 or (side_dwconv and side_dwconv % 2 == 0):
         raise ValueError(f"side_dwconv must be odd, or 0 for none, got {side_dwconv}")
 

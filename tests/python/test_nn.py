@@ -618,6 +618,7 @@ REFUSED_AT_CONSTRUCTION = [
     ),
     (lambda: nn.nchwBRA(20), ValueError, "num_heads must divide dim=20"),
     (lambda: nn.nchwBRA(16, n_win=1, topk=2), ValueError, "between 1 and the 1 regions"),
+    (lambda: nn.nchwBRA(16, n_win=2, topk=10), ValueError, "between 1 and the 9 regions of n_win=2, got 10"),
     (lambda: nn.nchwBRA(16, attn_backend="cuda"), ValueError, "attn_backend must be 'torch'"),
     (lambda: nn.Block(12, topk=-1), ValueError, "full attention has 8 heads.*dim=12"),
     (lambda: nn.Block(16, topk=-3), ValueError, "topk must be above 0 .* got -3"),
@@ -657,6 +658,7 @@ def test_refused_at_construction(build, error, sentence):
             "kv_downsample_ratio=4 is larger than a region of 3 x 4",
         ),
         (lambda: nn.nchwBRA(8), (1, 8, 5, 20), "at least n_win=7, got 5 x 20"),
+        (lambda: nn.nchwBRA(8, n_win=2, topk=5), (1, 8, 4, 6), "topk=5 is more than the 2 x 2 regions of 2 x 3 pixels"),
     ],
 )
 def test_input_refused(module, shape, sentence):
