@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .._operators import linear_attention
@@ -15,8 +16,12 @@ class EfficientAttention(nn.Module):
     The input is added to the result. The authors advise ``key_channels = in_channels // 2``,
     ``value_channels = in_channels`` and one head.
 
-    Differs from the original: the normalised keys and queries are never stored, channels that the heads do not divide
-    are refused, and the options after ``value_channels`` and of ``forward``.
+    As all but the softmaxes is linear, what projects pixels in the original projects here the small context: values are
+    summed up before ``values``, and with one head ``reprojection`` follows before the queries do. The results are the
+    same; neither values nor normalised keys and queries are ever stored.
+
+    Differs from the original: channels that the heads do not divide are refused, and the options after
+    ``value_channels`` and of ``forward``.
 
     Args:
         in_channels: channels of input and output.
@@ -69,17 +74,58 @@ class EfficientAttention(nn.Module):
                 the sum of the D maps of the keys, weighted by its query.
         """
         context = x if context is None else context
-        query, key = split_heads(self.queries(x), self.head_count), split_heads(self.keys(context), self.head_count)
-        value = split_heads(self.values(context), self.head_count)
-        attended = join_heads(linear_attention(query, key, value, key_mask=key_mask))
-        maps = _maps(query, key, key_mask) if return_maps else ()
-        del query, key, value  # so that the output may take their memory
-        output = self.reprojection(attended)
-        output = output.add_(x) if output.dtype == x.dtype else output + x  # under autocast they differ
-        return (output, *maps) if return_maps else output
+        query, key = split_heads(self.queries(x), self.head_count), split_heads(self.keys(context), 1)
+        sums = _sum_up(key, split_heads(context, 1), key_mask)  # (B, key_channels, context_channels)
+        per_head = sums.unflatten(1, (self.head_count, -1))
+        values = self.values.weight.flatten(1).unflatten(0, (self.head_count, -1))
+        summary = torch.einsum("bhkc,hvc->bhkv", per_head, values)
+        summary = summary + self._value_bias(context, key_mask)
+        if self.head_count == 1:
+            # A query's weights sum to one, so that a bias may be added on this side of them.
+            summary = summary @ self.reprojection.weight.flatten(1).T + self.reprojection.bias
+            output = join_heads(_look_up(query, summary))
+        else:
+            output = self.reprojection(join_heads(_look_up(query, summary)))
+        maps = (query, split_heads(join_heads(key), self.head_count)) if return_maps else ()
+        del query, key  # so that the sum may take their memory
+        in_place = output.dtype == x.dtype and not output.requires_grad  # dtypes differ under autocast
+        output = output.add_(x) if in_place else output + x
+        if not return_maps:
+            return output
+        return (output, *_maps(*maps, key_mask))
+
+    def _value_bias(self, context: Tensor, key_mask: Tensor | None) -> Tensor:
+        """``(B or 1, head_count, 1, D)``: the values' bias, or nothing where no position takes part."""
+        bias = self.values.bias.unflatten(0, (self.head_count, 1, -1))
+        if context.shape[2:].numel() == 0:
+            return bias * 0
+        if key_mask is None:
+            return bias
+        return bias * key_mask.flatten(1).any(1)[:, None, None, None]
 
     def extra_repr(self) -> str:
         return f"head_count={self.head_count}"
+
+
+def _one_hot(count: int, like: Tensor) -> Tensor:
+    """``(count, count)`` whose softmax, along either axis, is the identity."""
+    return torch.eye(count, device=like.device, dtype=like.dtype).log()
+
+
+def _sum_up(key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    """``key (B, H, W, 1, D)``, normalised over positions, times ``value (B, H, W, 1, C)``: ``(B, D, C)``. As linear
+    attention, the result of a query for each of the D channels that looks at nothing else."""
+    channels = key.shape[-1]
+    query = _one_hot(channels, key)[:, None].expand(key.shape[0], 1, -1, -1, -1)
+    return linear_attention(query, key, value, key_mask=key_mask)[:, 0, :, 0]
+
+
+def _look_up(query: Tensor, summary: Tensor) -> Tensor:
+    """``query (B, H, W, heads, D)``, normalised over channels, times ``summary (B, heads, D, C)``: ``(B, H, W, heads,
+    C)``. As linear attention, on D positions each of which is one channel's only key."""
+    batch, _, _, heads, channels = query.shape
+    key = _one_hot(channels, query)[:, None].expand(batch, 1, -1, heads, -1)
+    return linear_attention(query, key, summary.transpose(1, 2).unsqueeze(1))
 
 
 def _maps(query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

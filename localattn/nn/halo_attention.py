@@ -163,7 +163,9 @@ class HaloAttn(nn.Module):
                     "or set auto_pad=True"
                 )
         query = split_heads(self.q(x), self.num_heads)
-        key, value = split_heads(self.kv(x), self.num_heads).split((self.dim_head_qk, self.dim_head_v), dim=-1)
+        # Split while channels come first, so that the two gradients are joined in the layout the projection's takes.
+        per_head = self.kv(x).unflatten(1, (self.num_heads, -1)).split((self.dim_head_qk, self.dim_head_v), dim=2)
+        key, value = (part.permute(0, 3, 4, 1, 2) for part in per_head)
         rows, columns = self.pos_embed(query * self.scale if self.scale_pos_embed else query)
         output = local_attention(
             query,
