@@ -3,6 +3,7 @@
 // Bytes: every element is read or written once; a block of lanes x lanes is transposed in registers when channels are
 // contiguous (channels-last), copied when positions are (channels-first), gathered one by one otherwise.
 #pragma once
+#include <type_traits>
 #include <utility>
 
 #include "vector.h"
@@ -15,39 +16,48 @@ LOCALATTN_INLINE void transpose(typename V::reg (&row)[V::lanes]) {
     V::Isa::transpose(row);
 }
 
+// Lanes [from, to) of a register, the others zero. What lies outside is not touched.
+template <class V, class Element>
+LOCALATTN_INLINE typename V::reg load_some(const Element *p, int from, int to) {
+    using T = typename V::T;
+    if constexpr (V::Isa::masks && std::is_same_v<Element, T>) return V::Isa::load_some(p, from, to);
+    alignas(64) T t[V::lanes] = {};
+    for (int i = from; i < to; ++i) t[i] = load_as<T>(p + i);
+    return V::load(t);
+}
 template <class V, class Element>
 LOCALATTN_INLINE void store_some(Element *p, typename V::reg x, int count) {
     using T = typename V::T;
     if (count == V::lanes) return V::store_as(p, x);
+    if constexpr (V::Isa::masks && std::is_same_v<Element, T>) return V::Isa::store_some(p, x, count);
     alignas(64) T t[V::lanes];
     V::store(t, x);
     for (int i = 0; i < count; ++i) store_from(t[i], p + i);
 }
 
-// lanes positions x lanes channels, transposed; positions outside [from, to) count as zeros. The loops over registers
-// are unrolled: an index that is not a constant would put them into memory.
+// Up to lanes positions x lanes channels, transposed; positions outside [from, to) count as zeros. The loops over
+// registers are unrolled: an index that is not a constant would put them into memory.
 template <class V, bool Whole, class Element>
-LOCALATTN_INLINE void pack_block(const Element *in, int64_t position, int from, int to, typename V::reg factor,
-                                 typename V::T *out, int64_t out_channel) {
+LOCALATTN_INLINE void pack_block(const Element *in, int64_t position, int from, int to, int channels,
+                                 typename V::reg factor, typename V::T *out, int64_t out_channel) {
     typename V::reg row[V::lanes];
     LOCALATTN_UNROLL
     for (int l = 0; l < V::lanes; ++l) {
-        row[l] = Whole || (l >= from && l < to) ? V::load_as(in + l * position) : typename V::reg{};
+        if constexpr (Whole)
+            row[l] = V::load_as(in + l * position);
+        else
+            row[l] = l >= from && l < to ? load_some<V>(in + l * position, 0, channels) : typename V::reg{};
         V::hold(row[l]);
     }
     transpose<V>(row);
     LOCALATTN_UNROLL
-    for (int l = 0; l < V::lanes; ++l) V::store(out + l * out_channel, factor * row[l]);
+    for (int l = 0; l < V::lanes; ++l)
+        if (Whole || l < channels) V::store(out + l * out_channel, factor * row[l]);
 }
-// The same for fewer channels.
 template <class V, class Element>
 __attribute__((noinline)) static void pack_part(const Element *in, int64_t position, int from, int to, int channels,
                                                 typename V::reg factor, typename V::T *out, int64_t out_channel) {
-    using T = typename V::T;
-    alignas(64) T t[V::lanes][V::lanes] = {};
-    for (int l = from; l < to; ++l)
-        for (int c = 0; c < channels; ++c) t[c][l] = load_as<T>(in + l * position + c);
-    for (int c = 0; c < channels; ++c) V::store(out + c * out_channel, factor * V::load(t[c]));
+    pack_block<V, false>(in, position, from, to, channels, factor, out, out_channel);
 }
 
 // out[c * out_channel + x] = factor * in[x * position + c * channel] for x in [from, to), 0 for the other x of
@@ -72,9 +82,8 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
                     V::store(o + x, f * V::load_as(p + x));
                     continue;
                 }
-                alignas(64) T t[L] = {};
-                for (int64_t l = x < from ? from - x : 0; l < L && x + l < to; ++l) t[l] = load_as<T>(p + x + l);
-                V::store(o + x, f * V::load(t));
+                const int64_t lo = from > x ? from - x : 0, hi = to < x + L ? to - x : L;
+                V::store(o + x, lo < hi ? f * load_some<V>(p + x, static_cast<int>(lo), static_cast<int>(hi)) : reg{});
             }
         }
         return;
@@ -85,19 +94,15 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
         if (lo >= hi) {
             for (int64_t c = 0; c < channels; ++c) V::store(o + c * out_channel, reg{});
         } else if (channel == 1) {
-            const int64_t whole = channels / L * L;
             const int from_lane = static_cast<int>(lo), to_lane = static_cast<int>(hi);
             const Element *p = in + x * position;
-            if (lo == 0 && hi == L) {
-                for (int64_t c = 0; c < whole; c += L)
-                    pack_block<V, true>(p + c, position, 0, L, f, o + c * out_channel, out_channel);
-            } else {
-                for (int64_t c = 0; c < whole; c += L)
-                    pack_block<V, false>(p + c, position, from_lane, to_lane, f, o + c * out_channel, out_channel);
+            for (int64_t c = 0; c < channels; c += L) {
+                const int some = static_cast<int>(channels - c < L ? channels - c : L);
+                if (lo == 0 && hi == L && some == L)
+                    pack_block<V, true>(p + c, position, 0, L, L, f, o + c * out_channel, out_channel);
+                else
+                    pack_part<V>(p + c, position, from_lane, to_lane, some, f, o + c * out_channel, out_channel);
             }
-            for (int64_t c = whole; c < channels; c += L)
-                pack_part<V>(p + c, position, from_lane, to_lane, static_cast<int>(channels - c < L ? channels - c : L),
-                             f, o + c * out_channel, out_channel);
         } else {
             for (int64_t c = 0; c < channels; ++c) {
                 alignas(64) T t[L] = {};
@@ -109,23 +114,26 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
     }
 }
 
-template <class V, class Element>
-LOCALATTN_INLINE void unpack_block(const typename V::T *in, typename V::reg factor, Element *out, int64_t position) {
+template <class V, bool Whole, class Element>
+LOCALATTN_INLINE void unpack_block(const typename V::T *in, typename V::reg factor, int count, int channels,
+                                   Element *out, int64_t position) {
     typename V::reg row[V::lanes];
     LOCALATTN_UNROLL
-    for (int l = 0; l < V::lanes; ++l) row[l] = factor * V::load(in + l * V::lanes);
+    for (int l = 0; l < V::lanes; ++l)
+        row[l] = Whole || l < channels ? factor * V::load(in + l * V::lanes) : typename V::reg{};
     transpose<V>(row);
     LOCALATTN_UNROLL
-    for (int l = 0; l < V::lanes; ++l) V::store_as(out + l * position, row[l]);
+    for (int l = 0; l < V::lanes; ++l) {
+        if constexpr (Whole)
+            V::store_as(out + l * position, row[l]);
+        else if (l < count)
+            store_some<V>(out + l * position, row[l], channels);
+    }
 }
 template <class V, class Element>
 __attribute__((noinline)) static void unpack_part(const typename V::T *in, typename V::reg factor, int count,
                                                   int channels, Element *out, int64_t position) {
-    alignas(64) typename V::T t[V::lanes];
-    for (int c = 0; c < channels; ++c) {
-        V::store(t, factor * V::load(in + c * V::lanes));
-        for (int l = 0; l < count; ++l) store_from(t[l], out + l * position + c);
-    }
+    unpack_block<V, false>(in, factor, count, channels, out, position);
 }
 
 // out[x * position + c * channel] = factor[x] * in[c * lanes + x] for x in [0, count), count <= lanes.
@@ -136,11 +144,13 @@ static void unpack(const typename V::T *in, int count, int64_t channels, typenam
     Element *out = static_cast<Element *>(destination);
     constexpr int L = V::lanes;
     if (channel == 1) {
-        const int64_t whole = count == L ? channels / L * L : 0;
-        for (int64_t c = 0; c < whole; c += L) unpack_block<V>(in + c * L, factor, out + c, position);
-        for (int64_t c = whole; c < channels; c += L)
-            unpack_part<V>(in + c * L, factor, count, static_cast<int>(channels - c < L ? channels - c : L), out + c,
-                           position);
+        for (int64_t c = 0; c < channels; c += L) {
+            const int some = static_cast<int>(channels - c < L ? channels - c : L);
+            if (count == L && some == L)
+                unpack_block<V, true>(in + c * L, factor, L, L, out + c, position);
+            else
+                unpack_part<V>(in + c * L, factor, count, some, out + c, position);
+        }
     } else if (position == 1) {
         for (int64_t c = 0; c < channels; ++c) store_some<V>(out + c * channel, factor * V::load(in + c * L), count);
     } else {

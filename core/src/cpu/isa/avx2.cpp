@@ -9,10 +9,33 @@ namespace {
 struct Avx2 {
     static constexpr int register_bytes = 32, registers = 16;
     static constexpr bool scales = false;  // has fraction and scale
+    static constexpr bool masks = true;
 
     template <class Reg>
     static inline __attribute__((always_inline)) void hold(Reg &x) {
         asm("" : "+x"(x));
+    }
+    static inline __attribute__((always_inline)) __m256i lanes32(int from, int to) {
+        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(from), lane),
+                                   _mm256_cmpgt_epi32(_mm256_set1_epi32(to), lane));
+    }
+    static inline __attribute__((always_inline)) __m256i lanes64(int from, int to) {
+        const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+        return _mm256_andnot_si256(_mm256_cmpgt_epi64(_mm256_set1_epi64x(from), lane),
+                                   _mm256_cmpgt_epi64(_mm256_set1_epi64x(to), lane));
+    }
+    static inline __attribute__((always_inline)) __m256 load_some(const float *p, int from, int to) {
+        return _mm256_maskload_ps(p, lanes32(from, to));
+    }
+    static inline __attribute__((always_inline)) __m256d load_some(const double *p, int from, int to) {
+        return _mm256_maskload_pd(p, lanes64(from, to));
+    }
+    static inline __attribute__((always_inline)) void store_some(float *p, __m256 x, int count) {
+        _mm256_maskstore_ps(p, lanes32(0, count), x);
+    }
+    static inline __attribute__((always_inline)) void store_some(double *p, __m256d x, int count) {
+        _mm256_maskstore_pd(p, lanes64(0, count), x);
     }
     static inline __attribute__((always_inline)) __m256 widen(const float16 *p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));

@@ -11,11 +11,23 @@ namespace {
 
 struct Avx512 {
     static constexpr int register_bytes = 64, registers = 32;
-    static constexpr bool scales = true;
+    static constexpr bool scales = true, masks = true;
 
     template <class Reg>
     static inline __attribute__((always_inline)) void hold(Reg &x) {
         asm("" : "+v"(x));
+    }
+    static inline __attribute__((always_inline)) __m512 load_some(const float *p, int from, int to) {
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << to) - (1u << from)), p);
+    }
+    static inline __attribute__((always_inline)) __m512d load_some(const double *p, int from, int to) {
+        return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << to) - (1u << from)), p);
+    }
+    static inline __attribute__((always_inline)) void store_some(float *p, __m512 x, int count) {
+        _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), x);
+    }
+    static inline __attribute__((always_inline)) void store_some(double *p, __m512d x, int count) {
+        _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), x);
     }
     // x less the nearest integer; 0 for infinity.
     static inline __attribute__((always_inline)) __m512 fraction(__m512 x) {
