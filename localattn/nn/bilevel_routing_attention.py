@@ -205,7 +205,8 @@ class BiLevelRoutingAttention(nn.Module):
             scale=self.scale,
         ).flatten(-2)
         if self.lepe is not None:
-            attended = attended + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            beside = self.lepe(value.permute(0, 3, 1, 2))
+            attended = beside.add_(attended.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         output = self.wo(attended)[:, :height, :width]
         if not ret_attn_mask:
             return output
@@ -213,7 +214,8 @@ class BiLevelRoutingAttention(nn.Module):
         return output, weight, index, attention.flatten(0, 1)
 
     def _region_means(self, x: Tensor) -> Tensor:
-        return cut_regions(x, self.n_win).mean((3, 4)).flatten(1, 2)
+        # Rows of pixels first: whole lines of memory are added up.
+        return x.unflatten(1, (self.n_win, -1)).mean(2).unflatten(2, (self.n_win, -1)).mean(3).flatten(1, 2)
 
     def _downsample(self, x: Tensor) -> Tensor:
         """``(B, H, W, channels)`` with every region pooled on its own."""
@@ -326,7 +328,7 @@ class nchwBRA(nn.Module):
         maps = [split_heads(part, self.num_heads) for part in padded]
         attended = join_heads(routed_attention(*maps, index, region_size, scale=self.scale))[:, :, :height, :width]
         if self.lepe is not None:
-            attended = attended + self.lepe(value)
+            attended = self.lepe(value).add_(attended)
         output = self.output_linear(attended)
         if not ret_attn_mask:
             return output

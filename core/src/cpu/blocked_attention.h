@@ -6,8 +6,9 @@
 //
 // Lanes are the queries of a block, up to 64 at a time, so that the softmax and the sums over keys stay within a lane.
 // Keys and values lie packed by position, a panel at a time: the rows of the map that one row of blocks sees, and as
-// many columns as fit the L2 cache; each block multiplies its window's rows where they lie there. Entries of the window
-// outside the map have no product, only their biases.
+// many columns as fit the L2 cache; each block multiplies its window's rows where they lie there. A job goes down
+// several rows of blocks, and packs only the rows that the last did not see, into a ring. Entries of the window outside
+// the map have no product, only their biases.
 //
 // The backward is one pass of five products: a job owns a strip, several rows of blocks of one head, and adds up its
 // keys' and values' gradients in memory of its own, block after block. Rows of keys that several strips see are written
@@ -65,6 +66,7 @@ struct Blocked {
     QueryRuns rows{}, columns{};
     int64_t panels = 0, *panel_begin = nullptr;  // [panels + 1] runs of columns
     int64_t panel_height = 0, panel_width = 0;   // keys, at most
+    int64_t row_jobs = 1;                        // of the forward: rows of blocks are cut into as many
 
     // Rows of blocks [begin, end) and the rows of keys [y, end_y) that they see; together the strips see every row.
     struct Strip {
@@ -78,7 +80,7 @@ struct Blocked {
             return shared_before + at - y - (at < unshared ? 0 : end_unshared - unshared);
         }
     };
-    static constexpr int64_t most_strips = 32;
+    static constexpr int64_t most_strips = 32, least_row_jobs = 32;
     Strip strip[most_strips] = {};
     int64_t strips = 0, strip_height = 0;  // rows of keys, at most
     int64_t shared_rows = 0;               // of all strips of a head
@@ -108,7 +110,7 @@ struct Blocked {
     }
 
     struct Buffers {
-        T *keys, *values;           // [panel_height][panel_width][key_row or value_row]
+        T *keys, *values;           // [panel_height, a ring][panel_width][key_row or value_row]
         T *q, *grad_o, *o;          // by channel
         T *sum;                     // output or query's gradient, by channel
         T *q_rows, *grad_o_rows;    // by position
@@ -177,15 +179,30 @@ struct Blocked {
         }
         panel_begin[panels] = columns.count;
     }
-    void load_panel(int64_t b, int64_t h, const Panel &n, const Buffers &w) const {
-        for (int64_t y = 0; y < n.height; ++y) {
-            load_row(p.key, b, h, n, y, p.channels, w.keys + y * panel_width * key_row);
-            load_row(p.value, b, h, n, y, p.value_channels, w.values + y * panel_width * value_row);
+    T *panel_row(T *panel, int64_t y, int64_t elements) const {
+        return panel + y % panel_height * panel_width * elements;
+    }
+    // Rows of the map from `y` on; those before are there from the row of blocks above.
+    void load_panel(int64_t b, int64_t h, const Panel &n, int64_t y, const Buffers &w) const {
+        for (y = most(y, n.y); y < n.y + n.height; ++y) {
+            load_row(p.key, b, h, n, y, p.channels, panel_row(w.keys, y, key_row));
+            load_row(p.value, b, h, n, y, p.value_channels, panel_row(w.values, y, value_row));
         }
     }
     void load_row(const Tensor &t, int64_t b, int64_t h, const Panel &n, int64_t y, int64_t channels, T *to) const {
-        const int64_t offset = b * t.batch + h * t.head + (n.y + y) * t.axis[1] + n.x * t.axis[2];
+        const int64_t offset = b * t.batch + h * t.head + y * t.axis[1] + n.x * t.axis[2];
         pack_by_position(codec, t, sequence_of(offset, t, 1, n.width), 0, n.width, channels, T(1), to);
+    }
+    // Calls visit(panel) for the panels of rows of blocks [begin, end), loaded.
+    template <class Visit>
+    LOCALATTN_INLINE void each_panel(const Blocked &k, int64_t b, int64_t h, int64_t i, int64_t begin, int64_t end,
+                                     const Buffers &w, const Visit &visit) {
+        for (int64_t run = begin, loaded = 0; run < end; ++run) {
+            const Panel n = k.panel(run, i);
+            k.load_panel(b, h, n, loaded, w);
+            loaded = most(loaded, n.y + n.height);
+            visit(n);
+        }
     }
 
     // ---- one block, up to 64 of its queries
@@ -194,7 +211,7 @@ struct Blocked {
         int64_t batch, head;
         const QueryRun *y, *x;
         int64_t first, count;
-        const T *keys, *values;  // of the window's first key, in the panel
+        int64_t column;  // of the window's first key, in the panel
         int64_t wide() const { return whole_lanes(count, V::lanes); }
         int64_t width() const { return x->window.present_end - x->window.present_begin; }
         // Of the window's columns present, how many lie before the map.
@@ -203,15 +220,17 @@ struct Blocked {
         bool on_map(int64_t u) const { return y->window.begin <= u && u < y->window.end; }
     };
     template <class Visit>
-    LOCALATTN_INLINE void each_block(const Blocked &k, int64_t b, int64_t h, const Panel &n, const Buffers &w,
-                                     const Visit &visit) {
+    LOCALATTN_INLINE void each_block(const Blocked &k, int64_t b, int64_t h, const Panel &n, const Visit &visit) {
         for (int64_t i = n.first_run; i < n.end_run; ++i) {
             const QueryRun &y = k.rows.run[n.row_run], &x = k.columns.run[i];
             const int64_t queries = y.count * x.count, column = x.begin() - n.x;
             for (int64_t first = 0; first < queries; first += block_queries)
-                visit(Block{b, h, &y, &x, first, least(block_queries, queries - first), w.keys + column * k.key_row,
-                            w.values + column * k.value_row});
+                visit(Block{b, h, &y, &x, first, least(block_queries, queries - first), column});
         }
+    }
+    // Keys or values of row u of the window, from its first one on the map on.
+    const T *window_row(T *panel, const Block &x, int64_t u, int64_t elements) const {
+        return panel_row(panel, x.y->window.start + u, elements) + x.column * elements;
     }
     Sequence queries(const Tensor &t, const Block &x) const {
         return sequence_of(x.batch * t.batch + x.head * t.head + x.y->first * t.axis[1] + x.x->first * t.axis[2], t,
@@ -237,8 +256,8 @@ struct Blocked {
                     V::store(s + v * row + i, columns_biased ? of_row + V::load(by_column + v * row + i) : of_row);
             }
             if (x.on_map(u))
-                multiply<V>(x.keys + (u - x.y->window.begin) * panel_width * key_row, 1, key_row, w.q, row, p.channels,
-                            s + x.before() * row, row, x.inside(), wide);
+                multiply<V>(window_row(w.keys, x, u, key_row), 1, key_row, w.q, row, p.channels, s + x.before() * row,
+                            row, x.inside(), wide);
         }
     }
     template <class Visit>
@@ -252,7 +271,7 @@ struct Blocked {
     LOCALATTN_INLINE void each_row_on_map(const Block &x, int64_t begin, int64_t end, const Visit &visit) {
         if (x.inside() <= 0) return;
         for (int64_t u = begin; u < end; ++u)
-            if (x.on_map(u)) visit(u - x.y->window.begin, ((u - begin) * x.width() + x.before()) * row);
+            if (x.on_map(u)) visit(u, ((u - begin) * x.width() + x.before()) * row);
     }
 
     void attend(const Block &x, const Buffers &w) const {
@@ -265,8 +284,8 @@ struct Blocked {
         each_rows(*this, x, [&](int64_t begin, int64_t end) {
             score(x, begin, end, w);
             softmax.add(softmax, w.s, row, (end - begin) * x.width(), wide, w.sum, p.value_channels);
-            each_row_on_map(x, begin, end, [&](int64_t y, int64_t entry) {
-                multiply<V>(x.values + y * panel_width * value_row, value_row, 1, w.s + entry, row, x.inside(), w.sum,
+            each_row_on_map(x, begin, end, [&](int64_t u, int64_t entry) {
+                multiply<V>(window_row(w.values, x, u, value_row), value_row, 1, w.s + entry, row, x.inside(), w.sum,
                             row, p.value_channels, wide);
             });
         });
@@ -276,11 +295,10 @@ struct Blocked {
         if (p.lse.data) write_numbers<V>(w.lse, p.lse, queries(p.lse, x), x.first, x.count);
     }
     void forward(int64_t job, const Buffers &w) const {
-        const int64_t i = job % panels, run = job / panels % rows.count, head = job / panels / rows.count;
+        const int64_t i = job % panels, part = job / panels % row_jobs, head = job / panels / row_jobs;
         const int64_t b = head / p.heads, h = head % p.heads;
-        const Panel n = panel(run, i);
-        load_panel(b, h, n, w);
-        each_block(*this, b, h, n, w, [&](const Block &x) { attend(x, w); });
+        each_panel(*this, b, h, i, rows.count * part / row_jobs, rows.count * (part + 1) / row_jobs, w,
+                   [&](const Panel &n) { each_block(*this, b, h, n, [&](const Block &x) { attend(x, w); }); });
     }
 
     // ---- backward
@@ -342,8 +360,8 @@ struct Blocked {
             }
         }
     }
-    // The gradients of one block; those of keys and values are added from `y` on, the row of the window's first key.
-    void differentiate_block(const Block &x, int64_t y, const Buffers &w) const {
+    // The gradients of one block; those of keys and values are added to the strip's rows, of which the first is told.
+    void differentiate_block(const Block &x, int64_t first_row, const Buffers &w) const {
         const int64_t wide = x.wide(), keys = p.axis[2].keys;
         load(p.query, x, p.channels, T(p.scale * log2_e), w.q);
         load(p.grad_output, x, p.value_channels, T(1), w.grad_o);
@@ -360,14 +378,14 @@ struct Blocked {
             score(x, begin, end, w);
             clear<V>(w.dp, (end - begin) * x.width() * row);
             each_row_on_map(x, begin, end, [&](int64_t u, int64_t entry) {
-                multiply<V>(x.values + u * panel_width * value_row, 1, value_row, w.grad_o, row, p.value_channels,
+                multiply<V>(window_row(w.values, x, u, value_row), 1, value_row, w.grad_o, row, p.value_channels,
                             w.dp + entry, row, x.inside(), wide);
             });
             differentiate(x, begin, end, w);
             each_row_on_map(x, begin, end, [&](int64_t u, int64_t entry) {
-                const int64_t at = (y + u) * keys + x.x->begin();
+                const int64_t at = (x.y->window.start + u - first_row) * keys + x.x->begin();
                 if (p.grad_query.data)
-                    multiply<V>(x.keys + u * panel_width * key_row, key_row, 1, w.dp + entry, row, x.inside(), w.sum,
+                    multiply<V>(window_row(w.keys, x, u, key_row), key_row, 1, w.dp + entry, row, x.inside(), w.sum,
                                 row, p.channels, wide);
                 if (p.grad_key.data)
                     multiply<V>(w.dp + entry, 1, row, w.q_rows, key_row, x.count, w.grad_keys + at * key_row, key_row,
@@ -393,13 +411,10 @@ struct Blocked {
         const Strip &s = strip[job % strips];
         clear<V>(w.grad_keys, s.height() * keys * key_row);
         clear<V>(w.grad_values, s.height() * keys * value_row);
-        for (int64_t run = s.begin; run < s.end; ++run) {
-            for (int64_t i = 0; i < panels; ++i) {
-                const Panel n = panel(run, i);
-                load_panel(b, h, n, w);
-                each_block(*this, b, h, n, w, [&](const Block &x) { differentiate_block(x, n.y - s.y, w); });
-            }
-        }
+        for (int64_t i = 0; i < panels; ++i)
+            each_panel(*this, b, h, i, s.begin, s.end, w, [&](const Panel &n) {
+                each_block(*this, b, h, n, [&](const Block &x) { differentiate_block(x, s.y, w); });
+            });
         for (int64_t y = s.y; y < s.end_y; ++y) {
             const T *of_keys = w.grad_keys + (y - s.y) * keys * key_row;
             const T *of_values = w.grad_values + (y - s.y) * keys * value_row;
@@ -468,7 +483,8 @@ struct Blocked {
         };
         const int64_t heads = p.batch * p.heads;
         if (pass == Pass::forward) {
-            all(heads * rows.count * panels, &Blocked::forward);
+            row_jobs = least(rows.count, most(1, least_row_jobs / most(1, heads * panels)));
+            all(heads * row_jobs * panels, &Blocked::forward);
             return 0;
         }
         all(heads * strips, &Blocked::backward);

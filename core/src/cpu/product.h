@@ -171,6 +171,20 @@ LOCALATTN_INLINE void unpack_by_position(const Codec<V> &codec, const typename V
         }
     });
 }
+// Asks for positions that will be packed soon.
+template <class V>
+LOCALATTN_INLINE void prefetch(const Codec<V> &codec, const Tensor &t, const Sequence &s, int64_t first, int64_t count,
+                               int64_t channels) {
+    const bool by_position = t.channel == 1;
+    if (!by_position && s.position != 1) return;
+    each_run(s, first, count, [&](int64_t, int64_t offset, int64_t run) {
+        const char *from = at(codec, t, offset);
+        const int64_t rows = by_position ? run : channels, bytes = (by_position ? channels : run) * codec.element_size;
+        const int64_t row = (by_position ? s.position : t.channel) * codec.element_size;
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + i * row + line, 0, 2);
+    });
+}
 // One number a position, of the compute type.
 template <class V>
 LOCALATTN_INLINE void read_numbers(const Tensor &t, const Sequence &s, int64_t first, int64_t count,

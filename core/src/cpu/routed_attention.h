@@ -5,17 +5,18 @@
 //   dQ = scale sum w ds k    dK = scale sum w ds q    dV = sum w p dO    dw = sum ds scale q.k + p dO.v
 //
 // Forward: lanes are 64 queries of a region, so that the softmax and the sums over keys stay within a lane. A job is
-// one such block and head. It goes through the chosen regions in order, 64 pixels at a time, read where they lie: no
-// gathered keys or values, no attention matrix.
+// a few such blocks, of one head. It goes through the chosen regions in order, 64 pixels at a time, read where they lie
+// and packed once for all of the job's blocks: no gathered keys or values, no attention matrix.
 //
 // Backward, one pass of five products: lanes are 64 keys of a region. A job owns a group of such blocks of one head and
 // goes through the regions that chose each of them by the inverse of the routing, a counting sort, whose order is the
 // order of the sums: no atomics. It finishes its keys' and values' gradients; the queries' it adds up in memory of its
 // own, and the groups' sums are added in order. Groups get like numbers of pairs, whatever the routing; how many there
-// are is the problem's to say, as each costs the memory of a query gradient.
+// are is the problem's to say, as each costs the memory of a query gradient. What is one number a query, shift and
+// delta, is computed once, before.
 //
-// Work a pair: one exp2 a pass and the products. Bytes: the lanes' side once; the other side once for each block that
-// reads it, from L2 or L3, and each number of it is used by 64 lanes.
+// Work a pair: one exp2 a pass and the products. Bytes: the lanes' side once; the other side once for each few blocks
+// that read it, from L2 or L3, and each number of it is used by up to 256 lanes.
 #pragma once
 #include "../routed_attention.h"
 #include "product.h"
@@ -25,6 +26,7 @@
 namespace localattn::cpu {
 
 inline constexpr int64_t routed_block = 64;  // pixels, of either side
+inline constexpr int64_t most_blocks = 4;    // that share what is packed
 inline constexpr int64_t least_jobs = 8;     // of the backward, if there are as many regions
 
 template <class V>
@@ -41,33 +43,41 @@ struct Routed {
     int64_t groups = 1;
     T *grad_queries = nullptr;  // [batch * heads][groups][region][query][key_row]
     T *grad_weight = nullptr;   // [batch][regions][topk][heads][key blocks]
+    T *statistics = nullptr;    // [batch * heads][region][query][2]: shift and delta
 
+    // Of one block of lanes.
+    struct Lanes {
+        T *a, *b;          // by channel: query; or key and value
+        T *sum_a, *sum_b;  // what is accumulated for them
+        T *key;            // keys by position
+        T *maximum, *total;
+        reg of_weight;
+    };
     struct Buffers {
-        T *a, *b;                // lanes' side by channel: query; or key and value
-        T *sum_a, *sum_b;        // what is accumulated for them
-        T *key, *value, *other;  // the other side by position: key, value; or query, dO, output
-        T *lanes_key;            // the lanes' keys by position
-        T *s, *dp;               // [block][row]
-        T *maximum, *total, *lse, *delta;
+        Lanes lanes[most_blocks];
+        T *key, *value;  // the other side by position: key, value; or query, dO
+        T *s, *dp;       // [block][row]
+        T *lse;
         T *scratch;
     };
     LOCALATTN_INLINE Buffers take_buffers(const Routed &r, Arena &arena) {
         const int64_t widest = most(r.p.channels, r.p.value_channels);
+        const bool backward = r.p.pass == Pass::backward;
         Buffers w;
-        w.a = arena.take<T>(r.p.channels * r.row);
-        w.b = arena.take<T>(r.p.value_channels * r.row);
-        w.sum_a = arena.take<T>(r.p.channels * r.row);
-        w.sum_b = arena.take<T>(r.p.value_channels * r.row);
+        for (Lanes &l : w.lanes) {
+            l.a = arena.take<T>(r.p.channels * r.row);
+            l.b = arena.take<T>(backward ? r.p.value_channels * r.row : 0);
+            l.sum_a = arena.take<T>(backward ? r.p.channels * r.row : 0);
+            l.sum_b = arena.take<T>(r.p.value_channels * r.row);
+            l.key = arena.take<T>(backward ? routed_block * r.key_row : 0);
+            l.maximum = arena.take<T>(r.row);
+            l.total = arena.take<T>(r.row);
+        }
         w.key = arena.take<T>(routed_block * r.key_row);
         w.value = arena.take<T>(routed_block * r.value_row);
-        w.other = arena.take<T>(routed_block * r.value_row);
-        w.lanes_key = arena.take<T>(routed_block * r.key_row);
         w.s = arena.take<T>(routed_block * r.row);
-        w.dp = arena.take<T>(routed_block * r.row);
-        w.maximum = arena.take<T>(r.row);
-        w.total = arena.take<T>(r.row);
+        w.dp = arena.take<T>(backward ? routed_block * r.row : 0);
         w.lse = arena.take<T>(r.row);
-        w.delta = arena.take<T>(r.row);
         w.scratch = arena.take<T>(most(routed_block, widest) * V::lanes);
         return w;
     }
@@ -99,35 +109,66 @@ struct Routed {
         for (int64_t c = 0; c < channels; ++c) clear<V>(rows + c * row, wide);
     }
 
-    void forward(int64_t job, const Buffers &w) const {
-        const int64_t per_region = blocks(p.queries()), region = job / per_region / p.heads;
-        const Place x = place(region / p.regions(), job / per_region % p.heads, region % p.regions(), job % per_region,
-                              p.queries());
-        const int64_t wide = x.wide();
-        const StreamedSoftmax<V> softmax{w.maximum, w.total};
-        pack_by_channel(codec, p.query, of_queries(p.query, x.batch, x.head, x.region), x.first, x.count, p.channels,
-                        T(p.scale * log2_e), w.a, row);
-        clear_rows(w.sum_b, p.value_channels, row, wide);
-        softmax.begin(softmax, wide);
-        for (int64_t choice = 0; choice < p.topk; ++choice) {
-            const int64_t region = p.index(x.batch, x.region, choice);
-            const T factor = weight(x.batch, x.region, choice);
-            const Sequence keys = of_keys(p.key, x.batch, x.head, region);
-            const Sequence values = of_keys(p.value, x.batch, x.head, region);
-            for (int64_t first = 0; first < p.keys(); first += routed_block) {
-                const int64_t n = least(routed_block, p.keys() - first);
-                pack_by_position(codec, p.key, keys, first, n, p.channels, factor, w.key);
-                pack_by_position(codec, p.value, values, first, n, p.value_channels, factor, w.value);
-                clear_rows(w.s, n, row, wide);
-                multiply<V>(w.key, 1, key_row, w.a, row, p.channels, w.s, row, n, wide);
-                softmax.add(softmax, w.s, row, n, wide, w.sum_b, p.value_channels);
-                multiply<V>(w.value, value_row, 1, w.s, row, n, w.sum_b, row, p.value_channels, wide);
-            }
+    // The jobs of a region: blocks in as many groups of like size as needed.
+    LOCALATTN_INLINE int64_t block_groups(int64_t pixels) { return (blocks(pixels) + most_blocks - 1) / most_blocks; }
+
+    // Calls visit(region, choice's factor, first key, count) for the keys that a region sees, a block at a time.
+    template <class Visit>
+    LOCALATTN_INLINE void each_keys(const Routed &r, int64_t b, int64_t region, const Visit &visit) {
+        for (int64_t choice = 0; choice < r.p.topk; ++choice) {
+            const int64_t chosen = r.p.index(b, region, choice);
+            const T factor = r.weight(b, region, choice);
+            for (int64_t first = 0; first < r.p.keys(); first += routed_block)
+                visit(choice, chosen, factor, first, least(routed_block, r.p.keys() - first));
         }
-        softmax.finish(softmax, row, wide, w.sum_b, p.value_channels, w.lse);
-        unpack_by_channel(codec, w.sum_b, row, p.output, of_queries(p.output, x.batch, x.head, x.region), x.first,
-                          x.count, p.value_channels, T(1), w.scratch);
-        if (p.lse.data) write_numbers<V>(w.lse, p.lse, of_queries(p.lse, x.batch, x.head, x.region), x.first, x.count);
+    }
+
+    void forward(int64_t job, Buffers &w) const {
+        const int64_t per_region = block_groups(p.queries()), group = job % per_region, count = blocks(p.queries());
+        const int64_t h = job / per_region % p.heads, b = job / per_region / p.heads / p.regions();
+        const int64_t region = job / per_region / p.heads % p.regions();
+        const int64_t begin = count * group / per_region, n = count * (group + 1) / per_region - begin;
+        Place x[most_blocks];
+        for (int64_t i = 0; i < n; ++i) {
+            const Lanes &l = w.lanes[i];
+            x[i] = place(b, h, region, begin + i, p.queries());
+            pack_by_channel(codec, p.query, of_queries(p.query, b, h, region), x[i].first, x[i].count, p.channels,
+                            T(p.scale * log2_e), l.a, row);
+            clear_rows(l.sum_b, p.value_channels, row, x[i].wide());
+            StreamedSoftmax<V>::begin({l.maximum, l.total}, x[i].wide());
+        }
+        each_keys(*this, b, region, [&](int64_t choice, int64_t chosen, T factor, int64_t first, int64_t keys) {
+            pack_by_position(codec, p.key, of_keys(p.key, b, h, chosen), first, keys, p.channels, factor, w.key);
+            pack_by_position(codec, p.value, of_keys(p.value, b, h, chosen), first, keys, p.value_channels, factor,
+                             w.value);
+            prefetch_keys(b, h, region, choice, chosen, first + routed_block);
+            for (int64_t i = 0; i < n; ++i) {
+                const Lanes &l = w.lanes[i];
+                const int64_t wide = x[i].wide();
+                clear_rows(w.s, keys, row, wide);
+                multiply<V>(w.key, 1, key_row, l.a, row, p.channels, w.s, row, keys, wide);
+                StreamedSoftmax<V>::add({l.maximum, l.total}, w.s, row, keys, wide, l.sum_b, p.value_channels);
+                multiply<V>(w.value, value_row, 1, w.s, row, keys, l.sum_b, row, p.value_channels, wide);
+            }
+        });
+        for (int64_t i = 0; i < n; ++i) {
+            const Lanes &l = w.lanes[i];
+            StreamedSoftmax<V>::finish({l.maximum, l.total}, row, x[i].wide(), l.sum_b, p.value_channels, w.lse);
+            unpack_by_channel(codec, l.sum_b, row, p.output, of_queries(p.output, b, h, region), x[i].first, x[i].count,
+                              p.value_channels, T(1), w.scratch);
+            if (p.lse.data) write_numbers<V>(w.lse, p.lse, of_queries(p.lse, b, h, region), x[i].first, x[i].count);
+        }
+    }
+    // The block of keys from `first` on, or, where the region has no more, the first one of the next choice.
+    void prefetch_keys(int64_t b, int64_t h, int64_t region, int64_t choice, int64_t chosen, int64_t first) const {
+        if (first >= p.keys()) {
+            if (choice + 1 == p.topk) return;
+            chosen = p.index(b, region, choice + 1);
+            first = 0;
+        }
+        const int64_t n = least(routed_block, p.keys() - first);
+        prefetch(codec, p.key, of_keys(p.key, b, h, chosen), first, n, p.channels);
+        prefetch(codec, p.value, of_keys(p.value, b, h, chosen), first, n, p.value_channels);
     }
 
     void write_grad_weights() const {
@@ -168,7 +209,7 @@ struct Routed {
         return grad_queries + (head * groups + group) * p.regions() * p.queries() * key_row;
     }
 
-    void backward(int64_t job, const Buffers &w) const {
+    void backward(int64_t job, Buffers &w) const {
         const int64_t group = job % groups, head = job / groups, b = head / p.heads;
         T *gradient = nullptr;
         if (p.grad_query.data) {
@@ -177,11 +218,56 @@ struct Routed {
         }
         const int64_t per_region = blocks(p.keys());
         const int64_t end = group + 1 == groups ? p.regions() * per_region : group_begin(b, group + 1);
-        for (int64_t i = group_begin(b, group); i < end; ++i)
-            differentiate_keys(place(b, head % p.heads, i / per_region, i % per_region, p.keys()), gradient, w);
+        for (int64_t i = group_begin(b, group); i < end;) {
+            const int64_t n = least(most_blocks, least(end, (i / per_region + 1) * per_region) - i);
+            differentiate_keys(b, head % p.heads, i / per_region, i % per_region, n, gradient, w);
+            i += n;
+        }
     }
 
-    void differentiate_keys(const Place &x, T *gradient, const Buffers &w) const {
+    // n blocks of keys of a region, from one on.
+    void differentiate_keys(int64_t b, int64_t h, int64_t region, int64_t block, int64_t n, T *gradient,
+                            Buffers &w) const {
+        Place x[most_blocks];
+        for (int64_t i = 0; i < n; ++i) {
+            x[i] = place(b, h, region, block + i, p.keys());
+            load_keys(x[i], w.lanes[i]);
+        }
+        const int64_t *begin = inverse_begin + b * (p.regions() + 1), *list = inverse + b * p.regions() * p.topk;
+        for (int64_t j = begin[region]; j < begin[region + 1]; ++j) {
+            const int64_t by = list[j] / p.topk;
+            const T factor = weight(b, by, list[j] % p.topk);
+            for (int64_t i = 0; i < n; ++i) w.lanes[i].of_weight = reg{};
+            for (int64_t first = 0; first < p.queries(); first += routed_block) {
+                const int64_t count = least(routed_block, p.queries() - first);
+                pack_by_position(codec, p.query, of_queries(p.query, b, h, by), first, count, p.channels, T(1), w.key);
+                pack_by_position(codec, p.grad_output, of_queries(p.grad_output, b, h, by), first, count,
+                                 p.value_channels, T(1), w.value);
+                if (const int64_t next = first + routed_block; next < p.queries() || j + 1 < begin[region + 1])
+                    prefetch_queries(b, h, next < p.queries() ? by : list[j + 1] / p.topk, next % p.queries());
+                for (int64_t i = 0; i < n; ++i)
+                    add_queries(x[i], by, factor, first, count,
+                                gradient ? gradient + (by * p.queries() + first) * key_row : nullptr, w.lanes[i], w);
+            }
+            if (!p.grad_region_weight.data) continue;
+            for (int64_t i = 0; i < n; ++i) {
+                T total = 0;
+                for (int l = 0; l < V::lanes; ++l) total += w.lanes[i].of_weight[l];
+                grad_weight[((b * p.regions() * p.topk + list[j]) * p.heads + h) * blocks(p.keys()) + x[i].block] =
+                    total;
+            }
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            const auto store = [&](const Tensor &t, int64_t channels, T factor, const T *from) {
+                if (t.data)
+                    unpack_by_channel(codec, from, row, t, of_keys(t, b, h, region), x[i].first, x[i].count, channels,
+                                      factor, w.scratch);
+            };
+            store(p.grad_key, p.channels, T(p.scale), w.lanes[i].sum_a);
+            store(p.grad_value, p.value_channels, T(1), w.lanes[i].sum_b);
+        }
+    }
+    void load_keys(const Place &x, const Lanes &l) const {
         const int64_t wide = x.wide();
         const auto load = [&](const Tensor &t, int64_t channels, T factor, T *to) {
             pack_by_channel(codec, t, of_keys(t, x.batch, x.head, x.region), x.first, x.count, channels, factor, to,
@@ -189,78 +275,80 @@ struct Routed {
             for (int64_t c = 0; c < channels; ++c)  // so that lanes beyond the keys add nothing to a weight's gradient
                 for (int64_t i = x.count; i < wide; ++i) to[c * row + i] = 0;
         };
-        load(p.key, p.channels, T(p.scale * log2_e), w.a);
-        load(p.value, p.value_channels, T(1), w.b);
+        load(p.key, p.channels, T(p.scale * log2_e), l.a);
+        load(p.value, p.value_channels, T(1), l.b);
         pack_by_position(codec, p.key, of_keys(p.key, x.batch, x.head, x.region), x.first, x.count, p.channels, T(1),
-                         w.lanes_key);
-        clear_rows(w.sum_a, p.channels, row, wide);
-        clear_rows(w.sum_b, p.value_channels, row, wide);
-        const int64_t *begin = inverse_begin + x.batch * (p.regions() + 1);
-        const int64_t *list = inverse + x.batch * p.regions() * p.topk;
-        for (int64_t j = begin[x.region]; j < begin[x.region + 1]; ++j) {
-            const int64_t region = list[j] / p.topk;
-            const T factor = weight(x.batch, region, list[j] % p.topk);
-            reg of_weight{};
-            for (int64_t first = 0; first < p.queries(); first += routed_block)
-                of_weight += add_queries(x, region, factor, first, least(routed_block, p.queries() - first),
-                                         gradient ? gradient + (region * p.queries() + first) * key_row : nullptr, w);
-            if (p.grad_region_weight.data) {
-                T total = 0;
-                for (int l = 0; l < V::lanes; ++l) total += of_weight[l];
-                grad_weight[((x.batch * p.regions() * p.topk + list[j]) * p.heads + x.head) * blocks(p.keys()) +
-                            x.block] = total;
-            }
-        }
-        const auto store = [&](const Tensor &t, int64_t channels, T factor, const T *from) {
-            if (t.data)
-                unpack_by_channel(codec, from, row, t, of_keys(t, x.batch, x.head, x.region), x.first, x.count,
-                                  channels, factor, w.scratch);
-        };
-        store(p.grad_key, p.channels, T(p.scale), w.sum_a);
-        store(p.grad_value, p.value_channels, T(1), w.sum_b);
+                         l.key);
+        clear_rows(l.sum_a, p.channels, row, wide);
+        clear_rows(l.sum_b, p.value_channels, row, wide);
+    }
+    void prefetch_queries(int64_t b, int64_t h, int64_t region, int64_t first) const {
+        first = first / routed_block * routed_block;
+        const int64_t n = least(routed_block, p.queries() - first);
+        prefetch(codec, p.query, of_queries(p.query, b, h, region), first, n, p.channels);
+        prefetch(codec, p.grad_output, of_queries(p.grad_output, b, h, region), first, n, p.value_channels);
     }
 
-    // Pairs n queries of a region with the lanes' keys; returns the terms of the weight's gradient.
-    reg add_queries(const Place &x, int64_t region, T factor, int64_t first, int64_t n, T *gradient,
-                    const Buffers &w) const {
+    // Pairs n queries of a region, packed, with one block of keys; adds the terms of the weight's gradient.
+    void add_queries(const Place &x, int64_t region, T factor, int64_t first, int64_t n, T *gradient, Lanes &l,
+                     const Buffers &w) const {
         const int64_t wide = x.wide();
-        const auto of = [&](const Tensor &t) { return of_queries(t, x.batch, x.head, region); };
-        pack_by_position(codec, p.query, of(p.query), first, n, p.channels, T(1), w.key);
-        pack_by_position(codec, p.grad_output, of(p.grad_output), first, n, p.value_channels, T(1), w.value);
-        pack_by_position(codec, p.output, of(p.output), first, n, p.value_channels, T(1), w.other);
-        read_numbers<V>(p.lse, of(p.lse), first, n, w.lse);
-        if (p.grad_lse.data) read_numbers<V>(p.grad_lse, of(p.grad_lse), first, n, w.delta);
+        const T *numbers = statistics_of(x.batch * p.heads + x.head, region) + 2 * first;
         clear_rows(w.s, n, row, wide);
         clear_rows(w.dp, n, row, wide);
-        multiply<V>(w.key, 1, key_row, w.a, row, p.channels, w.s, row, n, wide);
-        multiply<V>(w.value, 1, value_row, w.b, row, p.value_channels, w.dp, row, n, wide);
-        reg of_weight{};
+        multiply<V>(w.key, 1, key_row, l.a, row, p.channels, w.s, row, n, wide);
+        multiply<V>(w.value, 1, value_row, l.b, row, p.value_channels, w.dp, row, n, wide);
         for (int64_t q = 0; q < n; ++q) {
-            reg sum{};
-            for (int64_t e = 0; e < value_row; e += V::lanes)
-                sum += V::load(w.value + q * value_row + e) * V::load(w.other + q * value_row + e);
-            T delta = p.grad_lse.data ? -w.delta[q] : T(0);
-            for (int l = 0; l < V::lanes; ++l) delta += sum[l];
-            alignas(64) T one[2][V::lanes];
-            store_statistics<V>(V::all(w.lse[q] * T(log2_e)), V::all(delta), one[0], one[1]);
-            const reg shift = V::load(one[0]), less = V::load(one[1]);
+            const reg shift = V::all(numbers[2 * q]), less = V::all(numbers[2 * q + 1]);
             for (int64_t i = 0; i < wide; i += V::lanes) {
                 const reg s = V::load(w.s + q * row + i), dp = V::load(w.dp + q * row + i);
                 const reg probability = V::exp2(s * factor - shift);
                 const reg ds = probability * (dp * factor - less);
                 V::store(w.s + q * row + i, probability * factor);
                 V::store(w.dp + q * row + i, ds * factor);
-                of_weight += ds * s * T(ln_2) + probability * dp;
+                l.of_weight += ds * s * T(ln_2) + probability * dp;
             }
         }
-        if (p.grad_value.data) multiply<V>(w.value, value_row, 1, w.s, row, n, w.sum_b, row, p.value_channels, wide);
-        if (p.grad_key.data) multiply<V>(w.key, key_row, 1, w.dp, row, n, w.sum_a, row, p.channels, wide);
-        if (gradient) multiply<V>(w.dp, 1, row, w.lanes_key, key_row, x.count, gradient, key_row, n, key_row);
-        return of_weight;
+        if (p.grad_value.data) multiply<V>(w.value, value_row, 1, w.s, row, n, l.sum_b, row, p.value_channels, wide);
+        if (p.grad_key.data) multiply<V>(w.key, key_row, 1, w.dp, row, n, l.sum_a, row, p.channels, wide);
+        if (gradient) multiply<V>(w.dp, 1, row, l.key, key_row, x.count, gradient, key_row, n, key_row);
+    }
+
+    T *statistics_of(int64_t head, int64_t region) const {
+        return statistics + (head * p.regions() + region) * p.queries() * 2;
+    }
+    // Shift and delta of one region's queries.
+    void prepare(int64_t job, Buffers &w) const {
+        const int64_t region = job % p.regions(), head = job / p.regions(), b = head / p.heads, h = head % p.heads;
+        T *to = statistics_of(head, region), *grad_output = w.lanes[0].b, *output = w.lanes[0].sum_b;
+        for (int64_t block = 0; block < blocks(p.queries()); ++block) {
+            const Place x = place(b, h, region, block, p.queries());
+            const auto load = [&](const Tensor &t, T *channels) {
+                pack_by_channel(codec, t, of_queries(t, b, h, region), x.first, x.count, p.value_channels, T(1),
+                                channels, row);
+            };
+            load(p.grad_output, grad_output);
+            load(p.output, output);
+            read_numbers<V>(p.lse, of_queries(p.lse, b, h, region), x.first, x.count, w.lse);
+            T *delta = w.lanes[0].maximum;
+            if (p.grad_lse.data)
+                read_numbers<V>(p.grad_lse, of_queries(p.grad_lse, b, h, region), x.first, x.count, delta);
+            for (int64_t i = 0; i < x.wide(); i += V::lanes) {
+                reg sum{};
+                for (int64_t e = 0; e < p.value_channels; ++e)
+                    sum += V::load(grad_output + e * row + i) * V::load(output + e * row + i);
+                if (p.grad_lse.data) sum -= V::load(delta + i);
+                store_statistics<V>(V::load(w.lse + i) * T(log2_e), sum, w.lse + i, delta + i);
+            }
+            for (int64_t i = 0; i < x.count; ++i) {
+                to[2 * (x.first + i)] = w.lse[i];
+                to[2 * (x.first + i) + 1] = delta[i];
+            }
+        }
     }
 
     // The groups' sums of one region of queries.
-    void write_grad_queries(int64_t job, const Buffers &w) const {
+    void write_grad_queries(int64_t job, Buffers &w) const {
         const int64_t region = job % p.regions(), head = job / p.regions(), elements = p.queries() * key_row;
         T *sum = group_grad_queries(head, 0) + region * elements;
         for (int64_t g = 1; g < groups; ++g) {
@@ -284,22 +372,25 @@ struct Routed {
         grad_queries =
             arena.take<T>(backward && p.grad_query.data ? heads * groups * p.regions() * p.queries() * key_row : 0);
         grad_weight = arena.take<T>(weights ? choices * p.heads * blocks(p.keys()) : 0);
+        statistics = arena.take<T>(backward ? heads * p.regions() * p.queries() * 2 : 0);
         Arena measure(nullptr);
         take_buffers(*this, measure);
         const size_t shared = arena.used(), each = measure.used();
         if (!memory) return shared + static_cast<size_t>(workers.count) * each;
 
-        const auto all = [&](int64_t jobs, void (Routed::*pass)(int64_t, const Buffers &) const) {
+        const auto all = [&](int64_t jobs, void (Routed::*pass)(int64_t, Buffers &) const) {
             run_jobs(workers, jobs, static_cast<char *>(memory) + shared, each, [&](int64_t job, char *own) {
-                Arena buffers(own);
-                (this->*pass)(job, take_buffers(*this, buffers));
+                Arena arena_of_worker(own);
+                Buffers buffers = take_buffers(*this, arena_of_worker);
+                (this->*pass)(job, buffers);
             });
         };
         if (!backward) {
-            all(heads * p.regions() * blocks(p.queries()), &Routed::forward);
+            all(heads * p.regions() * block_groups(p.queries()), &Routed::forward);
             return 0;
         }
         invert();
+        all(heads * p.regions(), &Routed::prepare);
         all(heads * groups, &Routed::backward);
         if (p.grad_query.data) all(heads * p.regions(), &Routed::write_grad_queries);
         if (weights) write_grad_weights();

@@ -1,6 +1,7 @@
 // x86-64 with AVX-512 F, BW, DQ and VL: 32 registers of 64 bytes.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 says it of its own intrinsics' undefined registers
+#pragma GCC diagnostic ignored "-Wuninitialized"  // gcc 12 says it of its own intrinsics' undefined registers
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
 
