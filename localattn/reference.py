@@ -9,7 +9,6 @@ Shapes: ``*Sq`` and ``*Sk`` are the one to three spatial extents of the query an
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -333,8 +332,10 @@ def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple
             raise ValueError(f"lses must have shape {tuple(output.shape[:-1])}, got {tuple(lse.shape)}")
     dtype = torch.promote_types(outputs[0].dtype, torch.float32)
     weights, lse = _softmax(torch.stack([lse.to(dtype) for lse in lses], dim=-1))
-    parts = (weight.unsqueeze(-1) * output for weight, output in zip(weights.unbind(-1), outputs))
-    merged = functools.reduce(operator.add, parts)
+    weighted = zip(weights.unsqueeze(-2).unbind(-1), outputs)
+    merged = operator.mul(*next(weighted))
+    for weight, output in weighted:
+        merged = torch.addcmul(merged, weight, output.to(dtype))
     return merged.to(outputs[0].dtype), lse
 
 

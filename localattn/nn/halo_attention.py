@@ -38,14 +38,24 @@ class RelativePositionLogits(nn.Module):
         if below or right:  # the last blocks are cut off by the map's edge
             query = F.pad(query, (0, 0, 0, 0, 0, right, 0, below))
         maps = query.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (N, D, H, W) with N = B * heads
-        # Products per place in the block, on copies whose fastest axis stays the map's.
-        by_row = maps.unflatten(2, (-1, block)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # (N * blocks, block, D, W)
-        rows = self._offsets(self.height_rel) @ by_row
-        rows = rows.unflatten(0, (batch, heads, (height + below) // block)).flatten(2, 3).permute(0, 2, 4, 1, 3)
-        by_column = maps.unflatten(3, (-1, block)).permute(4, 1, 0, 2, 3)  # (block, D, N, H, blocks)
-        columns = torch.bmm(self._offsets(self.width_rel), by_column.flatten(2)).unflatten(2, by_column.shape[2:])
-        columns = columns.permute(2, 1, 3, 4, 0).flatten(3).unflatten(0, (batch, heads)).permute(0, 3, 4, 1, 2)
+        rows = self._row_logits(maps).unflatten(0, (batch, heads, (height + below) // block))
+        rows = rows.flatten(2, 3).permute(0, 2, 4, 1, 3)
+        columns = self._column_logits(maps).unflatten(0, (batch, heads)).permute(0, 3, 4, 1, 2)
         return rows[:, :height, :width], columns[:, :height, :width]
+
+    # Products per place in the block, on copies whose fastest axis stays the map's; one copy at a time is alive.
+    def _row_logits(self, maps: Tensor) -> Tensor:  # (N, D, H, W) to (N * blocks, block, window, W)
+        return self._offsets(self.height_rel) @ (
+            maps.unflatten(2, (-1, self.block_size)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        )
+
+    def _column_logits(self, maps: Tensor) -> Tensor:  # (N, D, H, W) to (N, window, H, W)
+        shape = (maps.shape[0], maps.shape[2], maps.shape[3] // self.block_size)
+        columns = torch.bmm(
+            self._offsets(self.width_rel),  # (block, window, D) by (block, D, N * H * blocks)
+            maps.unflatten(3, (-1, self.block_size)).permute(4, 1, 0, 2, 3).flatten(2),
+        )
+        return columns.unflatten(2, shape).permute(2, 1, 3, 4, 0).flatten(3)
 
     def _offsets(self, table: Tensor) -> Tensor:
         """The rows of the table that each place in the block sees, ``(block, window, D)``."""

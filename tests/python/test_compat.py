@@ -441,6 +441,19 @@ def test_image_local_attention_second_derivative():
     assert gradgradcheck(attend, (query, key), fast_mode=True)
 
 
+@pytest.mark.unpoisoned  # the memory must stay untouched: filling it would take it all
+@pytest.mark.parametrize("package", [original, fork])
+def test_image_local_attention_offsets_beyond_two_to_the_31(package):
+    far = 2**31 + 12345
+    storage = torch.empty(far + 4096, dtype=torch.bfloat16)
+    query, key = (storage.as_strided((1, 2, 5, 6), (0, far, 6, 1), offset) for offset in (0, 256))
+    weight = storage.as_strided((1, 5, 6, 9), (0, 54, 9, 1), far + 512)
+    for tensor in (query, key, weight):
+        tensor.copy_(torch.randn(tensor.shape))
+    assert torch.equal(package.f_similar(query, key, 3, 3), package.f_similar(query.clone(), key.clone(), 3, 3))
+    assert torch.equal(package.f_weighting(key, weight, 3, 3), package.f_weighting(key.clone(), weight.clone(), 3, 3))
+
+
 def test_original_refusals():
     x = random(2, 3, 6, 5)
     with pytest.raises(ValueError, match=r"x_loc must have the shape of x_ori, \(2, 3, 6, 5\), got \(2, 3, 6, 4\)"):

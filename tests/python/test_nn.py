@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from localattn import nn, reference
+from localattn.compat import image_local_attention, image_local_attention_fork, natten017
 
 # One of every module, with the shape it takes.
 EVERY_MODULE = {
@@ -142,6 +143,78 @@ def test_training_reaches_every_parameter(name):
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
         assert parameter.grad.abs().max() > 0 or parameter_name.endswith("keys.bias"), parameter_name
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: nn.BiFormer((1, 1, 1, 1), (8, 8, 8, 8), head_dim=8, n_win=2, topks=(1, 0, -1, -2)), (2, 3, 64, 64)),
+        (
+            lambda: nn.BiLevelRoutingAttention(8, 2, n_win=2, kv_downsample_mode="ada_maxpool", auto_pad=True),
+            (2, 5, 9, 8),
+        ),
+        (lambda: nn.HaloAttn(8, num_heads=2, block_size=3, halo_size=1, stride=2), (2, 8, 6, 9)),
+        (lambda: nn.EfficientAttention(8, 4, 1, 6), (2, 8, 5, 6)),
+        (lambda: image_local_attention.TorchLocalAttention(3, 8, 3, 5), (2, 3, 6, 7)),
+        (lambda: image_local_attention_fork.LocalAttention(3, 8, 3, 5), (2, 3, 6, 7)),
+        (lambda: natten017.NeighborhoodAttention2D(8, 2, 3, 2, rel_pos_bias=True), (2, 7, 6, 8)),
+    ],
+    ids=["BiFormer", "auto_pad", "pooled", "one_head", "plain", "fork", "natten017"],
+)
+def test_torch_compile_and_export_of_more(build, shape):
+    torch.manual_seed(0)
+    module, x = build().eval(), torch.randn(shape)
+    expected = module(x)
+    torch._dynamo.reset()
+    close(torch.compile(module, backend="aot_eager", fullgraph=True)(x), expected, 1e-5)
+    close(torch.export.export(module, (x,)).module()(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: nn.LocalAttention(3, 8, 5, 7), {f"conv{i}.weight": (8, 3, 1, 1) for i in (1, 2, 3)}),
+        (
+            lambda: nn.nchwBRA(8, 2, side_dwconv=5),
+            {
+                "lepe.weight": (8, 1, 5, 5),
+                "lepe.bias": (8,),
+                "qkv_linear.weight": (24, 8, 1, 1),
+                "qkv_linear.bias": (24,),
+                "output_linear.weight": (8, 8, 1, 1),
+                "output_linear.bias": (8,),
+            },
+        ),
+        (
+            lambda: nn.Block(8, topk=0, mlp_ratio=3, mlp_dwconv=True, layer_scale_init_value=0.1),
+            {
+                "gamma1": (8,),
+                "gamma2": (8,),
+                "pos_embed.weight": (8, 1, 3, 3),
+                "pos_embed.bias": (8,),
+                "norm1.weight": (8,),
+                "norm1.bias": (8,),
+                "attn.1.weight": (8, 8, 1, 1),
+                "attn.1.bias": (8,),
+                "attn.2.weight": (8, 1, 5, 5),
+                "attn.2.bias": (8,),
+                "attn.3.weight": (8, 8, 1, 1),
+                "attn.3.bias": (8,),
+                "norm2.weight": (8,),
+                "norm2.bias": (8,),
+                "mlp.0.weight": (24, 8),
+                "mlp.0.bias": (24,),
+                "mlp.1.dwconv.weight": (24, 1, 3, 3),
+                "mlp.1.dwconv.bias": (24,),
+                "mlp.3.weight": (8, 24),
+                "mlp.3.bias": (8,),
+            },
+        ),
+    ],
+    ids=["LocalAttention", "nchwBRA", "Block"],
+)
+def test_parameter_names_and_shapes(build, names):
+    assert {name: tuple(p.shape) for name, p in build().state_dict().items()} == names
 
 
 # ---- LocalAttention --------------------------------------------------------------------------------------------------
