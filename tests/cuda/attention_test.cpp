@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "brute_force.h"
+#include "cuda/dtype.h"
 #include "cuda/variant.h"
 #include "device_memory.h"
 #include "scalar.h"
@@ -46,20 +47,6 @@ double half_step(Dtype dtype) {  // of rounding, relative
 const char *name_of(Dtype dtype) {
     constexpr const char *names[] = {"float32", "float64", "float16", "bfloat16"};
     return names[int(dtype)];
-}
-
-template <class Visit>
-void with_type(Dtype dtype, Visit visit) {
-    switch (dtype) {
-        case Dtype::float32:
-            return visit(float());
-        case Dtype::float64:
-            return visit(double());
-        case Dtype::float16:
-            return visit(float16());
-        case Dtype::bfloat16:
-            return visit(bfloat16());
-    }
 }
 
 // A tensor of six axes (batch, three spatial, head, channel) in memory: any order of axes, gaps between them, starting
@@ -120,14 +107,14 @@ public:
     }
     double get(int64_t at) const {
         double value = 0;
-        with_type(dtype, [&](auto element) {
+        cuda::with_type(dtype, [&](auto element) {
             std::memcpy(&element, memory.data() + size_t(at) * sizeof element, sizeof element);
             value = double(widen(element));
         });
         return value;
     }
     void set(int64_t at, double value) {
-        with_type(dtype, [&](auto element) {
+        cuda::with_type(dtype, [&](auto element) {
             if constexpr (std::is_same_v<decltype(element), double>)
                 element = value;
             else

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../problem.h"
-#include "../scalar.h"
+#include "dtype.h"
 #include "gpu.h"
 
 namespace localattn::cuda {
@@ -62,21 +62,6 @@ struct Chunk {
         }
     }
 };
-
-// Calls visit(a value of the dtype's type).
-template <class Visit>
-auto with_type(Dtype dtype, Visit visit) {
-    switch (dtype) {
-        case Dtype::float64:
-            return visit(double());
-        case Dtype::float16:
-            return visit(float16());
-        case Dtype::bfloat16:
-            return visit(bfloat16());
-        default:
-            return visit(float());
-    }
-}
 
 // Enough blocks for one warp an item, up to a grid's limit; beyond it each warp takes several.
 inline Extent3 grid_for(int64_t items, int64_t items_a_block) {

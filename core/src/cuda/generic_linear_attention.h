@@ -282,29 +282,47 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) linear_merge_queries(GPU_ARGUMENT
     }
 }
 
-template <class T>
-GPU_KERNEL void GPU_BOUNDS(product_threads, 1) linear_output(GPU_ARGUMENT LinearArguments<T> a) {
+// A map's positions, 64 a block, times the context: softmax(at, n, c) is the left operand, `wanted(at, n)` tells which
+// results are not 0.
+template <class T, class Softmax, class Wanted>
+GPU_FUNCTION void multiply_context(const LinearArguments<T> &a, const Positions &map, int64_t count, const Tensor &to,
+                                   Softmax softmax, Wanted wanted) {
     using Real = Accumulator<T>;
     const LinearProblem &p = a.problem;
-    const Tiling tiling(a.query_count, p.value_channels);
+    const Tiling tiling(count, p.value_channels);
     const int64_t blocks = tiling.rows * tiling.columns * p.batch * p.heads;
     for (int64_t block = block_index().x; block < blocks; block += grid_extent().x) {
         const int64_t first = tiling.row(block), first_value = tiling.column(block);
         const LinearHead<T> at(a, tiling.rest(block));
         BlockProduct<Real> product;
         product.template add<Along::terms, Along::side>(
-            0, p.channels,
-            [&](int n, int64_t c) { return first + n < a.query_count ? at.query_softmax(first + n, c) : Real(0); },
+            0, p.channels, [&](int n, int64_t c) { return first + n < count ? softmax(at, first + n, c) : Real(0); },
             [&](int e, int64_t c) {
                 return first_value + e < p.value_channels ? at.own_context(c, first_value + e) : Real(0);
             });
         GPU_UNROLL_FOR (int i = 0; i < product.per_thread; ++i)
             GPU_UNROLL_FOR (int j = 0; j < product.per_thread; ++j) {
                 const int64_t n = first + product.row(i), e = first_value + product.column(j);
-                if (n < a.query_count && e < p.value_channels)
-                    narrow(product.sum[i][j], *at.element(a.queries, p.output, n, e));
+                if (n < count && e < p.value_channels)
+                    narrow(wanted(at, n) ? product.sum[i][j] : Real(0), *at.element(map, to, n, e));
             }
     }
+}
+
+template <class T>
+GPU_KERNEL void GPU_BOUNDS(product_threads, 1) linear_output(GPU_ARGUMENT LinearArguments<T> a) {
+    multiply_context(
+        a, a.queries, a.query_count, a.problem.output,
+        [](const LinearHead<T> &at, int64_t n, int64_t c) { return at.query_softmax(n, c); },
+        [](const LinearHead<T> &, int64_t) { return true; });
+}
+
+template <class T>
+GPU_KERNEL void GPU_BOUNDS(product_threads, 1) linear_grad_value(GPU_ARGUMENT LinearArguments<T> a) {
+    multiply_context(
+        a, a.keys, a.key_count, a.problem.grad_value,
+        [](const LinearHead<T> &at, int64_t n, int64_t c) { return at.key_softmax(n, c); },
+        [](const LinearHead<T> &at, int64_t n) { return at.attends(n); });
 }
 
 // A block has 64 queries and all of their channels, 64 at a time: once for the mean, once for the result.
@@ -345,31 +363,6 @@ GPU_KERNEL void GPU_BOUNDS(product_threads, 1) linear_grad_query(GPU_ARGUMENT Li
                 GPU_UNROLL_FOR (int i = 0; i < per_thread; ++i)
                     mean[i] = warp_sum<BlockProduct<Real>::threads_a_row>(mean[i]);
         }
-    }
-}
-
-template <class T>
-GPU_KERNEL void GPU_BOUNDS(product_threads, 1) linear_grad_value(GPU_ARGUMENT LinearArguments<T> a) {
-    using Real = Accumulator<T>;
-    const LinearProblem &p = a.problem;
-    const Tiling tiling(a.key_count, p.value_channels);
-    const int64_t blocks = tiling.rows * tiling.columns * p.batch * p.heads;
-    for (int64_t block = block_index().x; block < blocks; block += grid_extent().x) {
-        const int64_t first = tiling.row(block), first_value = tiling.column(block);
-        const LinearHead<T> at(a, tiling.rest(block));
-        BlockProduct<Real> product;
-        product.template add<Along::terms, Along::side>(
-            0, p.channels,
-            [&](int n, int64_t c) { return first + n < a.key_count ? at.key_softmax(first + n, c) : Real(0); },
-            [&](int e, int64_t c) {
-                return first_value + e < p.value_channels ? at.own_context(c, first_value + e) : Real(0);
-            });
-        GPU_UNROLL_FOR (int i = 0; i < product.per_thread; ++i)
-            GPU_UNROLL_FOR (int j = 0; j < product.per_thread; ++j) {
-                const int64_t n = first + product.row(i), e = first_value + product.column(j);
-                if (n < a.key_count && e < p.value_channels)
-                    narrow(at.attends(n) ? product.sum[i][j] : Real(0), *at.element(a.keys, p.grad_value, n, e));
-            }
     }
 }
 

@@ -63,7 +63,6 @@ struct GradientArguments {
     int32_t channels, value_channels;
     int32_t stage_columns;
     float scale;
-    uint32_t flip = 0;  // tensor cores: the sign bits of a pair if the scale is negative
 };
 
 // What streams by in ..._grad_key: stages of queries, their grad_outputs and their statistics, two of each in shared

@@ -21,21 +21,11 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
     const BlockPlace block(a.rows, a.columns, a.heads);
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
-    const int first_row = rows.range(a.rows, 0).begin, end_row = rows.range(a.rows, C::query_rows - 1).end;
-    const int first_column = columns.range(a.columns, 0).begin;
 
-    const int key_head = block.head / a.heads_a_key, unit = Loader<C, float>::unit();
-    const Loader<C, float> loader = {
-        {a.key, a.key_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.channels},
-        {a.value, a.value_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys,
-        columns.keys,
-        first_column,
-        columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
-    const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
-    loader.load(memory, first_row);
+    const KeyStages<C, float> stages(a, block, rows, columns);
+    const int first_column = stages.loader.first_column;
 
-    const Strip<C> strip(a.rows, a.columns, rows, columns, first_column, loader.stage_columns);
+    const Strip<C> strip(a.rows, a.columns, rows, columns, first_column, stages.loader.stage_columns);
     float query[C::places][C::channels], grad_output[C::places][C::channels], sum[C::places][C::channels];
     Statistics statistics[C::places];
     strip.load(query, a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head), a.query_view,
@@ -51,21 +41,15 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
         if (strip.exists(q)) statistics[q] = image_statistics[strip.position(q, a.columns.queries * a.heads, a.heads)];
     }
 
-    for (int row = first_row, stage = 0; row < end_row; ++row, ++stage) {
-        if (row + 1 < end_row) {
-            loader.load(memory + SharedAddress((stage + 1) % 2) * stage_bytes, row + 1);
-            copy_wait<1>();
-        } else {
-            copy_wait<0>();
-        }
-        synchronize();
-        if (strip.sees_row(row))
+    for (int stage = 0; stage < stages.count; ++stage) {
+        stages.advance(stage);
+        if (strip.sees_row(stages.row_of_stage(stage)))
             strip.for_each_step([&](int at, int column) {
-                const SharedAddress keys = memory + SharedAddress(stage % 2) * stage_bytes;
+                const SharedAddress keys = stages.at(stage);
                 GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) {
                     float key[C::channels], value[C::channels];
                     load_slice<C>(key, keys, at - first_column + j);
-                    load_slice<C>(value, keys + loader.second_at(), at - first_column + j);
+                    load_slice<C>(value, keys + stages.loader.second_at(), at - first_column + j);
                     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) {
                         const PairShare pair(strip.sees_column(q, column + j), strip_sum<C>(slice_dot(query[q], key)),
                                              strip_sum<C>(slice_dot(grad_output[q], value)), a.scale, statistics[q]);

@@ -4,20 +4,10 @@
 //
 // A row of k keys costs a strip k+3 loads instead of 4k.
 #pragma once
+#include "forward.h"
 #include "simt_tiles.h"
 
 namespace localattn::cuda {
-
-struct SimtArguments {
-    const float *query, *key, *value;
-    float *output, *lse;  // lse may be NULL
-    View query_view, key_view, value_view, output_view, lse_view;
-    TileAxis rows, columns;
-    int32_t heads, heads_a_key;
-    int32_t channels, value_channels;
-    int32_t stage_columns;
-    float scale, sign;  // scale = |scale| * sign
-};
 
 // A strip's online softmax: `top` is the running maximum of the scores, divided by |scale|.
 template <class C>
@@ -71,26 +61,15 @@ GPU_FUNCTION void attend_keys(StripSoftmax<C> &state, const Strip<C> &strip, Sha
 }
 
 template <class C>
-GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT SimtArguments a) {
+GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT ForwardArguments<float> a) {
     const BlockPlace block(a.rows, a.columns, a.heads);
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
-    const int first_row = rows.range(a.rows, 0).begin, end_row = rows.range(a.rows, C::query_rows - 1).end;
-    const int first_column = columns.range(a.columns, 0).begin;
-    const int stages = (end_row - first_row + C::stage_rows - 1) / C::stage_rows;
 
-    const int key_head = block.head / a.heads_a_key, unit = Loader<C, float>::unit();
-    const Loader<C, float> loader = {
-        {a.key, a.key_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.channels},
-        {a.value, a.value_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys,
-        columns.keys,
-        first_column,
-        columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
-    const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
-    loader.load(memory, first_row);
+    const KeyStages<C, float> stages(a, block, rows, columns);
+    const int first_column = stages.loader.first_column;
 
-    const Strip<C> strip(a.rows, a.columns, rows, columns, first_column, loader.stage_columns);
+    const Strip<C> strip(a.rows, a.columns, rows, columns, first_column, stages.loader.stage_columns);
     StripSoftmax<C> state;
     strip.load(state.query, a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head), a.query_view,
                a.channels);
@@ -101,19 +80,12 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Simt
         state.sum[q] = 0;
     }
 
-    for (int stage = 0; stage < stages; ++stage) {
-        const int stage_row = first_row + C::stage_rows * stage;
-        if (stage + 1 < stages) {
-            loader.load(memory + SharedAddress((stage + 1) % 2) * stage_bytes, stage_row + C::stage_rows);
-            copy_wait<1>();
-        } else {
-            copy_wait<0>();
-        }
-        synchronize();
-        if (strip.sees_row(stage_row))
+    for (int stage = 0; stage < stages.count; ++stage) {
+        stages.advance(stage);
+        if (strip.sees_row(stages.row_of_stage(stage)))
             strip.for_each_step([&](int at, int column) {
-                attend_keys<C>(state, strip, memory + SharedAddress(stage % 2) * stage_bytes, loader.second_at(),
-                               at - first_column, column, a.scale * log2_of_e);
+                attend_keys<C>(state, strip, stages.at(stage), stages.loader.second_at(), at - first_column, column,
+                               a.scale * log2_of_e);
             });
         synchronize();
     }

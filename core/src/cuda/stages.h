@@ -104,4 +104,45 @@ struct Loader {
     }
 };
 
+// What streams by in the forward and for the gradient of the query: stages of keys and values, two of them in shared
+// memory.
+template <class C, class T>
+struct KeyStages {
+    Loader<C, T> loader;
+    int first_row, count;
+    SharedAddress memory, stage_bytes;
+
+    template <class Arguments>
+    GPU_METHOD KeyStages(const Arguments &a, const BlockPlace &block, const Section &rows, const Section &columns)
+        : loader{{a.key, a.key_view, block.batch, block.head / a.heads_a_key, a.rows, a.columns, rows, columns,
+                  Loader<C, T>::unit(), a.channels},
+                 {a.value, a.value_view, block.batch, block.head / a.heads_a_key, a.rows, a.columns, rows, columns,
+                  Loader<C, T>::unit(), a.value_channels},
+                 rows.keys,
+                 columns.keys,
+                 columns.range(a.columns, 0).begin,
+                 columns.range(a.columns, C::query_columns - 1).end - columns.range(a.columns, 0).begin +
+                     C::spare_columns},
+          first_row(rows.range(a.rows, 0).begin),
+          count((rows.range(a.rows, C::query_rows - 1).end - first_row + C::stage_rows - 1) / C::stage_rows),
+          memory(shared_memory()),
+          stage_bytes(SharedAddress(a.stage_columns * C::column_bytes)) {
+        load(0);
+    }
+
+    GPU_METHOD int row_of_stage(int stage) const { return first_row + C::stage_rows * stage; }
+    GPU_METHOD SharedAddress at(int stage) const { return memory + SharedAddress(stage % 2) * stage_bytes; }
+    GPU_METHOD void load(int stage) const { loader.load(at(stage), row_of_stage(stage)); }
+    // Loads the stage after this one and waits for this one.
+    GPU_METHOD void advance(int stage) const {
+        if (stage + 1 < count) {
+            load(stage + 1);
+            copy_wait<1>();
+        } else {
+            copy_wait<0>();
+        }
+        synchronize();
+    }
+};
+
 }  // namespace localattn::cuda

@@ -38,24 +38,13 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
     const WarpTile<C> warp(rows, columns);
-    const int first_row = rows.range(a.rows, 0).begin, end_row = rows.range(a.rows, C::query_rows - 1).end;
-    const int first_column = columns.range(a.columns, 0).begin;
-    const int stages = (end_row - first_row + C::stage_rows - 1) / C::stage_rows;
     const Box row_box(a.rows, rows, warp.row);
     Box column_box[C::patches];
     LaneWindow<C> window;
     warp.find_windows(a.rows, a.columns, rows, columns, column_box, window);
 
-    const int key_head = block.head / a.heads_a_key, unit = Loader<C, T>::unit();
-    const Loader<C, T> loader = {
-        {a.key, a.key_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.channels},
-        {a.value, a.value_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys,
-        columns.keys,
-        first_column,
-        columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
-    const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
-    loader.load(memory, first_row);
+    const KeyStages<C, T> stages(a, block, rows, columns);
+    const int first_column = stages.loader.first_column;
 
     uint32_t query[C::patches][C::width / 16][4], grad_output[C::patches][C::width / 16][4];
     float sum[C::patches][C::width / 8][4];
@@ -67,7 +56,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
         a.statistics + (int64_t(block.batch) * a.rows.queries * a.columns.queries * a.heads + block.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
         load_fragments<C>(query[p], query_head, a.query_view, a.rows, a.columns, rows, columns, warp, p, a.channels,
-                          a.flip);
+                          sign_bits(a.scale));
         load_fragments<C>(grad_output[p], grad_head, a.grad_output_view, a.rows, a.columns, rows, columns, warp, p,
                           a.value_channels);
         clear(sum[p]);
@@ -82,25 +71,19 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
     }
 
     const int begin = column_box[0].all.begin, end = column_box[C::patches - 1].all.end;
-    for (int stage = 0; stage < stages; ++stage) {
-        const int stage_row = first_row + C::stage_rows * stage;
-        if (stage + 1 < stages) {
-            loader.load(memory + SharedAddress((stage + 1) % 2) * stage_bytes, stage_row + C::stage_rows);
-            copy_wait<1>();
-        } else {
-            copy_wait<0>();
-        }
-        synchronize();
+    for (int stage = 0; stage < stages.count; ++stage) {
+        const int stage_row = stages.row_of_stage(stage);
+        stages.advance(stage);
         if (warp.works && stage_row < row_box.all.end && stage_row + C::stage_rows > row_box.all.begin) {
             window.enter_stage(stage_row, row_box);
-            const ChunkReader<C> reader(memory + SharedAddress(stage % 2) * stage_bytes, 4 * (begin - first_column));
+            const ChunkReader<C> reader(stages.at(stage), 4 * (begin - first_column));
             for (int column = begin; column < end; column += 4) {
                 const SharedAddress offset = SharedAddress((column - begin) / 4 * ChunkReader<C>::chunk_bytes);
                 float score[C::patches][2][4] = {}, by_weight[C::patches][2][4] = {};
                 GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                     uint32_t key[4], value[4];
                     reader.read(key, offset, d);
-                    reader.read(value, offset + loader.second_at(), d);
+                    reader.read(value, offset + stages.loader.second_at(), d);
                     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
                         if (any_sees(column_box[p], column)) {
                             multiply_add(T(), score[p][0], query[p][d], key[0], key[1]);
@@ -162,7 +145,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
     uint32_t key[C::width / 16][4], value[C::width / 16][4];
     float key_sum[C::width / 8][4], value_sum[C::width / 8][4];
     load_fragments<C>(key, a.key + (block.batch * a.key_view.batch + block.head * a.key_view.head), a.key_view, a.rows,
-                      a.columns, rows, columns, warp, 0, a.channels, a.flip);
+                      a.columns, rows, columns, warp, 0, a.channels, sign_bits(a.scale));
     if constexpr (with_key)
         load_fragments<C>(value, a.value + (block.batch * a.value_view.batch + block.head * a.value_view.head),
                           a.value_view, a.rows, a.columns, rows, columns, warp, 0, a.value_channels);

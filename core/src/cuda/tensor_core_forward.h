@@ -4,24 +4,10 @@
 //
 // The softmax is online, in registers: a running maximum and sum per query row, rescaled when the maximum rises.
 #pragma once
+#include "forward.h"
 #include "tensor_core_tiles.h"
 
 namespace localattn::cuda {
-
-template <class T>
-struct ForwardArguments {
-    const T *query, *key, *value;
-    T *output;
-    float *lse;  // or NULL
-    View query_view, key_view, value_view, output_view, lse_view;
-    TileAxis rows, columns;
-    int32_t heads, heads_a_key;
-    int32_t channels, value_channels;
-    int32_t stage_columns;  // that fit a stage in shared memory
-    float scale;            // its magnitude; the sign is in:
-    uint32_t flip;          // the sign bits of a pair, or 0
-    int32_t part;           // of the output's channels, where a tile computes parts
-};
 
 template <class C>
 struct Accumulators {
@@ -121,31 +107,20 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
     // Classes differ in length, so the last tile of a shorter one may be empty.
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
     const WarpTile<C> warp(rows, columns);
-    const int first_row = rows.range(a.rows, 0).begin, end_row = rows.range(a.rows, C::query_rows - 1).end;
-    const int first_column = columns.range(a.columns, 0).begin;
-    const int stages = (end_row - first_row + C::stage_rows - 1) / C::stage_rows;
     const Box row_box(a.rows, rows, warp.row);
     Box column_box[C::patches];
     LaneWindow<C> window;
     warp.find_windows(a.rows, a.columns, rows, columns, column_box, window);
 
-    const int key_head = block.head / a.heads_a_key, unit = Loader<C, T>::unit();
-    const Loader<C, T> loader = {
-        {a.key, a.key_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.channels},
-        {a.value, a.value_view, block.batch, key_head, a.rows, a.columns, rows, columns, unit, a.value_channels},
-        rows.keys,
-        columns.keys,
-        first_column,
-        columns.range(a.columns, C::query_columns - 1).end - first_column + C::spare_columns};
-    const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::column_bytes);
-    loader.load(memory, first_row);
+    const KeyStages<C, T> stages(a, block, rows, columns);
+    const int first_column = stages.loader.first_column;
 
     const int first_channel = C::parts == 1 ? 0 : a.part * C::sum_width;
     Accumulators<C> state;
     const T *query = a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
         load_fragments<C>(state.query[p], query, a.query_view, a.rows, a.columns, rows, columns, warp, p, a.channels,
-                          a.flip);
+                          sign_bits(a.sign));
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             state.top[p][r] = -INFINITY;
             state.sum[p][r] = 0;
@@ -154,19 +129,13 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
             GPU_UNROLL_FOR (int i = 0; i < 4; ++i) state.output[p][d][i] = 0;
     }
 
-    for (int stage = 0; stage < stages; ++stage) {
-        const int stage_row = first_row + C::stage_rows * stage;
-        if (stage + 1 < stages) {
-            loader.load(memory + SharedAddress((stage + 1) % 2) * stage_bytes, stage_row + C::stage_rows);
-            copy_wait<1>();
-        } else {
-            copy_wait<0>();
-        }
-        synchronize();
+    for (int stage = 0; stage < stages.count; ++stage) {
+        const int stage_row = stages.row_of_stage(stage);
+        stages.advance(stage);
         if (warp.works && stage_row < row_box.all.end && stage_row + C::stage_rows > row_box.all.begin) {
             window.enter_stage(stage_row, row_box);
-            attend<C, T>(state, window, column_box, memory + SharedAddress(stage % 2) * stage_bytes, loader.second_at(),
-                         first_column, a.scale * log2_of_e, first_channel);
+            attend<C, T>(state, window, column_box, stages.at(stage), stages.loader.second_at(), first_column,
+                         a.scale * log2_of_e, first_channel);
         }
         synchronize();
     }

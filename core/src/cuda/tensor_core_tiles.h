@@ -145,6 +145,9 @@ struct LanePlace {
     }
 };
 
+// Of a pair of 16-bit floats, if the factor is negative: exclusive or with them negates the pair.
+GPU_FUNCTION uint32_t sign_bits(float factor) { return factor < 0 ? 0x80008000u : 0; }
+
 // The patch's rows of a tensor as the left operand of products over channels, with `flip` exclusive-or-ed into each
 // pair; zeros where there is no place or channel.
 template <class C, class T>

@@ -90,17 +90,7 @@ size_t workspace(const Problem &p, Pass pass) {
 }
 
 const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
-    switch (p.dtype) {
-        case Dtype::float32:
-            return run_typed<float>(p, pass, stream, workspace);
-        case Dtype::float64:
-            return run_typed<double>(p, pass, stream, workspace);
-        case Dtype::float16:
-            return run_typed<float16>(p, pass, stream, workspace);
-        case Dtype::bfloat16:
-            return run_typed<bfloat16>(p, pass, stream, workspace);
-    }
-    return "unknown dtype";
+    return with_type(p.dtype, [&](auto element) { return run_typed<decltype(element)>(p, pass, stream, workspace); });
 }
 
 }  // namespace

@@ -1,7 +1,4 @@
 // float32 on the ordinary arithmetic units: launches of the tiled kernels, and the table of its tiles.
-#include <cmath>
-#include <type_traits>
-
 #include "../simt_backward.h"
 #include "../simt_forward.h"
 #include "../variant.h"
@@ -38,44 +35,13 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (p.has_bias() || p.wants_bias_gradient()) return "takes no bias";
     if (p.channels > 256 || p.value_channels > 256) return "computes at most 256 channels a head";
     if (p.channels % 4 || p.value_channels % 4) return "channels must be a multiple of 4";
-    const bool backward = pass == Pass::backward;
-    if (!unit_aligned(p, p.key, 4, 4) || !unit_aligned(p, p.value, 4, 4))
-        return "key and value need contiguous channels and 16-byte alignment";
-    if (!unit_aligned(p, p.query, backward ? 4 : 1, 4)) return "query needs contiguous channels and alignment";
-    if (backward) {
-        if (!unit_aligned(p, p.grad_output, 4, 4)) return "grad_output needs contiguous channels and 16-byte alignment";
-        for (const Tensor *t : {&p.grad_query, &p.grad_key, &p.grad_value})
-            if (t->data && !unit_aligned(p, *t, 1, 4)) return "gradients need contiguous channels";
-    } else if (!unit_aligned(p, p.output, 1, 4)) {
-        return "output needs contiguous channels";
-    }
+    if (const char *reason = declines_layout(p, pass, 4, 1)) return reason;
     if (const char *reason = declines_size(p)) return reason;
     const int64_t bytes = with_tiles(p, [&](auto tiles) {
         using Of = decltype(tiles);
         return shared_bytes<typename Of::Forward, typename Of::GradQuery, typename Of::GradKey>(p, pass);
     });
     return bytes > device.shared_bytes ? "the window is too wide for shared memory" : nullptr;
-}
-
-template <class C>
-const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
-    const Axis &rows = p.axis[1], &columns = p.axis[2];
-    SimtArguments a{};
-    a.query = pointer<const float>(p.query), a.key = pointer<const float>(p.key);
-    a.value = pointer<const float>(p.value);
-    a.output = pointer<float>(p.output), a.lse = pointer<float>(p.lse);
-    a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
-    a.output_view = view_of(p.output), a.lse_view = view_of(p.lse);
-    a.rows = tile_axis(rows.queries, rows.keys, rows.dilation, C::query_rows, w.query[0]);
-    a.columns = tile_axis(columns.queries, columns.keys, columns.dilation, C::query_columns, w.query[1]);
-    a.heads = int32_t(p.heads), a.heads_a_key = int32_t(p.heads / p.kv_heads);
-    a.channels = int32_t(p.channels), a.value_channels = int32_t(p.value_channels);
-    a.stage_columns = int32_t(key_columns<C>(columns));
-    // What the running maximum is scaled by must be positive.
-    a.scale = p.scale == 0 ? 1 : float(std::fabs(p.scale));
-    a.sign = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
-    return launch<simt_forward<C>>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                                   size_t(C::shared_bytes(a.stage_columns)), stream, a);
 }
 
 template <class Of>
@@ -96,7 +62,9 @@ const char *run(const Problem &p, Pass pass, void *stream, void *memory) {
     if (const char *error = prepare<float>(p, pass, w, stream)) return error;
     return with_tiles(p, [&](auto tiles) {
         using Of = decltype(tiles);
-        return pass == Pass::forward ? run_forward<typename Of::Forward>(p, w, stream) : run_backward<Of>(p, w, stream);
+        if (pass == Pass::backward) return run_backward<Of>(p, w, stream);
+        using C = typename Of::Forward;
+        return launch_forward<C, float, simt_forward<C>>(p, w.query, 0, stream);
     });
 }
 

@@ -1,5 +1,4 @@
 // Tensor cores from compute capability 8.0: launches of the tiled kernels, and the table of their tiles.
-#include <cmath>
 #include <type_traits>
 
 #include "../tensor_core_backward.h"
@@ -48,9 +47,6 @@ int64_t shared_bytes(const Problem &p, Pass pass) {
     });
 }
 
-// Negates a pair of 16-bit floats if the scale is negative.
-uint32_t flip_for(const Problem &p) { return p.scale < 0 ? 0x80008000u : 0; }
-
 const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (p.dtype != Dtype::float16 && p.dtype != Dtype::bfloat16) return "computes float16 and bfloat16 only";
     if (const char *reason = declines_window(p)) return reason;
@@ -61,18 +57,7 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (pass == Pass::backward && widest > most_gradient_channels)
         return "computes gradients of at most 128 channels a head";
     if (p.channels % 8 || p.value_channels % 8) return "channels must be a multiple of 8";
-
-    const bool backward = pass == Pass::backward;
-    if (!unit_aligned(p, p.key, 8, 2) || !unit_aligned(p, p.value, 8, 2))
-        return "key and value need contiguous channels and 16-byte alignment";
-    if (!unit_aligned(p, p.query, backward ? 8 : 2, 2)) return "query needs contiguous channels and alignment";
-    if (backward) {
-        if (!unit_aligned(p, p.grad_output, 8, 2)) return "grad_output needs contiguous channels and 16-byte alignment";
-        for (const Tensor *t : {&p.grad_query, &p.grad_key, &p.grad_value})
-            if (t->data && !unit_aligned(p, *t, 2, 2)) return "gradients need contiguous channels and 4-byte alignment";
-    } else if (!unit_aligned(p, p.output, 2, 2)) {
-        return "output needs contiguous channels and 4-byte alignment";
-    }
+    if (const char *reason = declines_layout(p, pass, 2, 2)) return reason;
     if (const char *reason = declines_size(p)) return reason;
     if (shared_bytes(p, pass) > device.shared_bytes) return "the window is too wide for shared memory";
     return nullptr;
@@ -81,30 +66,15 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
 template <int width, class T>
 const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
     using C = ForwardTile<width>;
-    const Axis &rows = p.axis[1], &columns = p.axis[2];
-    ForwardArguments<T> a{};
-    a.query = pointer<const T>(p.query), a.key = pointer<const T>(p.key), a.value = pointer<const T>(p.value);
-    a.output = pointer<T>(p.output), a.lse = pointer<float>(p.lse);
-    a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
-    a.output_view = view_of(p.output), a.lse_view = view_of(p.lse);
-    a.rows = tile_axis(rows.queries, rows.keys, rows.dilation, C::query_rows, w.query[0]);
-    a.columns = tile_axis(columns.queries, columns.keys, columns.dilation, C::query_columns, w.query[1]);
-    a.heads = int32_t(p.heads), a.heads_a_key = int32_t(p.heads / p.kv_heads);
-    a.channels = int32_t(p.channels), a.value_channels = int32_t(p.value_channels);
-    a.stage_columns = int32_t(key_columns<C>(columns));
-    a.scale = float(std::fabs(p.scale));
-    a.flip = flip_for(p);
     const char *error = nullptr;
-    for (a.part = 0; a.part < C::parts && !error; ++a.part)
-        error = launch<tensor_core_forward<C, T>>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                                                  size_t(C::shared_bytes(a.stage_columns)), stream, a);
+    for (int32_t part = 0; part < C::parts && !error; ++part)
+        error = launch_forward<C, T, tensor_core_forward<C, T>>(p, w.query, part, stream);
     return error;
 }
 
 template <int width, class T>
 const char *run_backward(const Problem &p, const Workspace &w, void *stream) {
-    GradientArguments<T> a = gradient_arguments<T>(p, w);
-    a.flip = flip_for(p);
+    const GradientArguments<T> a = gradient_arguments<T>(p, w);
     const char *error = nullptr;
     if (a.grad_query) {
         using C = GradQueryTile<width>;

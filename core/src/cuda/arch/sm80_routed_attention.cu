@@ -36,17 +36,7 @@ const char *declines(const RoutedProblem &p, const Device &device) {
     if (p.channels > 128 || p.value_channels > 128) return "computes at most 128 channels a head";
     if (p.channels % 8 || p.value_channels % 8) return "channels must be a multiple of 8";
     if (!(p.scale > -1e30 && p.scale < 1e30)) return "the scale must be finite";
-    if (!unit_aligned(p, p.key, 8, 2) || !unit_aligned(p, p.value, 8, 2))
-        return "key and value need contiguous channels and 16-byte alignment";
-    const bool backward = p.pass == Pass::backward;
-    if (!unit_aligned(p, p.query, backward ? 8 : 2, 2)) return "query needs contiguous channels and alignment";
-    if (backward) {
-        if (!unit_aligned(p, p.grad_output, 8, 2)) return "grad_output needs contiguous channels and 16-byte alignment";
-        for (const Tensor *t : {&p.grad_query, &p.grad_key, &p.grad_value})
-            if (t->data && !unit_aligned(p, *t, 2, 2)) return "gradients need contiguous channels and 4-byte alignment";
-    } else if (!unit_aligned(p, p.output, 2, 2)) {
-        return "output needs contiguous channels and 4-byte alignment";
-    }
+    if (const char *reason = declines_layout(p, p.pass, 2, 2)) return reason;
     for (const Tensor *t : {&p.query, &p.output, &p.lse, &p.grad_output, &p.grad_query})
         if (!addressable(*t, p.grid[0] * p.query_region[0], p.grid[1] * p.query_region[1]))
             return "an image spans 2^31 elements or more";

@@ -2,7 +2,7 @@
 #pragma once
 #include <cmath>
 
-#include "../stages.h"
+#include "../forward.h"
 #include "../variant.h"
 
 namespace localattn::cuda {
@@ -33,6 +33,24 @@ bool unit_aligned(const OneProblem &p, const Tensor &t, int64_t elements, int64_
     if (t.channel != 1 || reinterpret_cast<uintptr_t>(t.data) % uintptr_t(size * elements)) return false;
     if (p.batch > 1 && t.batch % elements) return false;
     return t.head % elements == 0 && t.axis[1] % elements == 0 && t.axis[2] % elements == 0;
+}
+
+// NULL if rows of channels can be copied by 16 bytes and written `together` elements at a time, else why not.
+template <class OneProblem>
+const char *declines_layout(const OneProblem &p, Pass pass, int64_t element_bytes, int64_t together) {
+    const int64_t unit = 16 / element_bytes;
+    const auto fits = [&](const Tensor &t, int64_t elements) { return unit_aligned(p, t, elements, element_bytes); };
+    if (!fits(p.key, unit) || !fits(p.value, unit))
+        return "key and value need contiguous channels and 16-byte alignment";
+    if (pass == Pass::forward) {
+        if (!fits(p.query, together)) return "query needs contiguous channels and 4-byte alignment";
+        return fits(p.output, together) ? nullptr : "output needs contiguous channels and 4-byte alignment";
+    }
+    if (!fits(p.query, unit) || !fits(p.grad_output, unit))
+        return "query and grad_output need contiguous channels and 16-byte alignment";
+    for (const Tensor *t : {&p.grad_query, &p.grad_key, &p.grad_value})
+        if (t->data && !fits(*t, together)) return "gradients need contiguous channels and 4-byte alignment";
+    return nullptr;
 }
 
 // Does every offset inside one image, of `rows` by `columns`, fit 31 bits?
@@ -100,6 +118,27 @@ inline Extent3 blocks_for(int64_t items, int64_t items_a_block) {
 template <class Real>
 Real *pointer(const Tensor &t) {
     return static_cast<Real *>(t.data);
+}
+
+// Over tiles of queries; part of the output's channels, where a tile computes parts.
+template <class C, class T, auto kernel>
+const char *launch_forward(const Problem &p, Range *const (&queries)[2], int32_t part, void *stream) {
+    const Axis &rows = p.axis[1], &columns = p.axis[2];
+    ForwardArguments<T> a{};
+    a.query = pointer<const T>(p.query), a.key = pointer<const T>(p.key), a.value = pointer<const T>(p.value);
+    a.output = pointer<T>(p.output), a.lse = pointer<float>(p.lse);
+    a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
+    a.output_view = view_of(p.output), a.lse_view = view_of(p.lse);
+    a.rows = tile_axis(rows.queries, rows.keys, rows.dilation, C::query_rows, queries[0]);
+    a.columns = tile_axis(columns.queries, columns.keys, columns.dilation, C::query_columns, queries[1]);
+    a.heads = int32_t(p.heads), a.heads_a_key = int32_t(p.heads / p.kv_heads);
+    a.channels = int32_t(p.channels), a.value_channels = int32_t(p.value_channels);
+    a.stage_columns = int32_t(key_columns<C>(columns));
+    a.scale = p.scale == 0 ? 1 : float(std::fabs(p.scale));
+    a.sign = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
+    a.part = part;
+    return launch<kernel>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                          size_t(C::shared_bytes(a.stage_columns)), stream, a);
 }
 
 inline const char *launch_ranges(const Problem &p, Range *rows, Range *columns, void *stream) {
