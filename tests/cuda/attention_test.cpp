@@ -163,13 +163,15 @@ constexpr Tile tiles[] = {{Dtype::float32, 32},  {Dtype::float32, 64},  {Dtype::
                           {Dtype::bfloat16, 32}, {Dtype::bfloat16, 64}, {Dtype::bfloat16, 128}, {Dtype::bfloat16, 256}};
 constexpr size_t tile_count = sizeof tiles / sizeof *tiles;
 
-// Half of the problems have the layout, widths and types that tiled variants take, every tile in turn, and half of
-// those the plain window.
+// Half of the problems have the layout, widths and types that tiled variants take: every tile in turn, with windows
+// that take its smaller and its larger block, without and with biases. Half of those have the plain window.
 void draw(Random &random, Trial &t, unsigned seed) {
     const bool tiled = seed % 2, plain = tiled && chance(random, 0.5);
     brute_force::Shape &s = t.shape;
     const int rank = tiled ? 2 - chance(random, 0.1) : pick(random, 1, 3);
-    const Tile &tile = tiles[seed / 2 % tile_count];
+    const unsigned turn = seed / 2;
+    const Tile &tile = tiles[turn % tile_count];
+    const bool large_window = turn / tile_count % 2, has_bias = tiled ? turn / tile_count / 2 % 2 : chance(random, 0.6);
     const Dtype dtype = tiled ? tile.dtype : Dtype(pick(random, 0, 3));
     const char border = plain ? 'm' : "mzs"[pick(random, 0, 2)];
     s.raster = !tiled && border != 's' && chance(random, 0.15);
@@ -196,6 +198,18 @@ void draw(Random &random, Trial &t, unsigned seed) {
         if (!s.raster && chance(random, 0.4)) x.stride = pick(random, 1, x.kernel);
         if (chance(random, 0.4)) x.dilation = pick(random, 1, 4);
         if (!s.raster && chance(random, 0.3)) x.causal = true;
+    }
+    if (tiled) {
+        brute_force::Axis &x = s.axis[2];
+        const bool is_float = dtype == Dtype::float32;
+        const int most = is_float ? 13 * 64 / tile.width : 8;  // that the smaller block takes
+        if (large_window && x.kernel <= most) x.kernel = most + pick(random, 1, 3);
+        for (int a = 1; a < 3 && !large_window; a++) {
+            brute_force::Axis &y = s.axis[a];
+            y.kernel = std::min(y.kernel, most);
+            y.stride = std::min(y.stride, is_float ? y.kernel : std::min(y.kernel, 9 - y.kernel));
+            if (!is_float) y.keys = y.queries;
+        }
     }
     if (!tiled && chance(random, 0.03)) s.axis[2].queries = 0;
     if (!tiled && chance(random, 0.03)) s.axis[2].keys = 0;
@@ -232,14 +246,14 @@ void draw(Random &random, Trial &t, unsigned seed) {
     result(t.grad_query, dtype, std::vector<int>(t.query.extent, t.query.extent + 6), whole);
     result(t.grad_key, dtype, std::vector<int>(t.key.extent, t.key.extent + 6), whole);
     result(t.grad_value, dtype, std::vector<int>(t.value.extent, t.value.extent + 6), whole);
-    const double bias_chance = tiled ? 0.04 : 0.3;
+    const double bias_chance = has_bias ? 0.5 : 0;
     const auto biased = [&](Stored &stored, Stored &gradient, std::vector<int> extents,
                             const std::vector<bool> &broadcast) {
         input(stored, dtype, extents, broadcast, false);
         result(gradient, wide, extents, broadcast);
     };
     if (chance(random, bias_chance)) biased(t.bias, t.grad_bias, {b, q0, q1, q2, h, s.entries()}, some());
-    if (chance(random, bias_chance))
+    if (chance(random, bias_chance) || (tiled && has_bias && !t.bias.present))
         biased(t.table, t.grad_table,
                {1, 2 * s.axis[0].kernel - 1, 2 * s.axis[1].kernel - 1, 2 * s.axis[2].kernel - 1, h, 1}, whole);
     for (int a = 3 - rank; a < 3; a++)

@@ -1,10 +1,10 @@
 // What the tiled kernels of the forward share.
 #pragma once
-#include "stages.h"
+#include "score_bias.h"
 
 namespace localattn::cuda {
 
-template <class T>
+template <class T, class Bias>
 struct ForwardArguments {
     const T *query, *key, *value;
     T *output;
@@ -16,6 +16,7 @@ struct ForwardArguments {
     int32_t stage_columns;  // that fit a stage in shared memory
     float scale, sign;      // what scores are multiplied by is scale * sign: maxima want a positive factor
     int32_t part = 0;       // of the output's channels, where a tile computes parts
+    Bias bias;              // NoBias, or ScoreBias<T>
 };
 
 }  // namespace localattn::cuda

@@ -15,12 +15,19 @@ struct Range {
     int32_t begin, end;
 };
 
+// Of a query's window along one axis, in the same coordinates: where its entry 0 lies, perhaps outside the map, and its
+// centre.
+struct Anchor {
+    int32_t start, centre;
+};
+
 constexpr int range_threads = 128;
 
 // The last two axes only: rows, then columns.
 struct RangeArguments {
     Axis axis[2];
     Range *range[2];
+    Anchor *anchor[2];  // or NULL
 };
 
 GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_ranges(GPU_ARGUMENT RangeArguments arguments) {
@@ -31,6 +38,7 @@ GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_ranges(GPU_ARGUMENT RangeArgum
             const Window window = window_of(arguments.axis[a], query);
             arguments.range[a][query] = {int32_t(window.start + window.present_begin),
                                          int32_t(window.start + window.present_end)};
+            if (arguments.anchor[a]) arguments.anchor[a][query] = {int32_t(window.start), int32_t(window.centre)};
         }
     }
 }

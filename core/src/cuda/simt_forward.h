@@ -16,22 +16,42 @@ struct StripSoftmax {
     float top[C::places], sum[C::places];
 };
 
+// The biases of a strip's queries.
+template <class C, class Bias>
+struct StripBias {
+    const Bias &bias;
+    const BlockPlace &block;
+    const Strip<C> &strip;
+
+    // Adds what the keys of a row, from `column` on, get.
+    GPU_METHOD void add(float (&score)[C::places][C::step], int row, int column) const {
+        GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) {
+            if (!strip.exists(q)) continue;
+            const QueryBias query(bias, block.batch, block.head, strip.position(q, 1, 0), strip.position(q, 0, 1));
+            GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) score[q][j] += query.of(row, column + j);
+        }
+    }
+};
+
 // One step: the keys of `slot` and of the column after it.
-template <class C>
-GPU_FUNCTION void attend_keys(StripSoftmax<C> &state, const Strip<C> &strip, SharedAddress stage, SharedAddress values,
-                              int slot, int column, float scale_log2) {
+template <class C, class Bias>
+GPU_FUNCTION void attend_keys(StripSoftmax<C> &state, const Strip<C> &strip, const StripBias<C, Bias> &bias,
+                              SharedAddress stage, SharedAddress values, int slot, int row, int column,
+                              float scale_log2) {
     float score[C::places][C::step];
     GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) {
         float key[C::channels];
         load_slice<C>(key, stage, slot + j);
         GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) score[q][j] = slice_dot(state.query[q], key);
     }
+    GPU_UNROLL_FOR (int q = 0; q < C::places; ++q)
+        GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) score[q][j] = strip_sum<C>(score[q][j]);
+    if constexpr (Bias::present) bias.add(score, row, column);
     bool rises = false;
     float top[C::places];
     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) {
         top[q] = state.top[q];
         GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) {
-            score[q][j] = strip_sum<C>(score[q][j]);
             if (!strip.sees_column(q, column + j)) score[q][j] = -INFINITY;
             top[q] = fmaxf(top[q], score[q][j]);
         }
@@ -60,8 +80,8 @@ GPU_FUNCTION void attend_keys(StripSoftmax<C> &state, const Strip<C> &strip, Sha
     }
 }
 
-template <class C>
-GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT ForwardArguments<float> a) {
+template <class C, class Bias>
+GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT ForwardArguments<float, Bias> a) {
     const BlockPlace block(a.rows, a.columns, a.heads);
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
@@ -70,6 +90,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Forw
     const int first_column = stages.loader.first_column;
 
     const Strip<C> strip(a.rows, a.columns, rows, columns, first_column, stages.loader.stage_columns);
+    const StripBias<C, Bias> bias = {a.bias, block, strip};
     StripSoftmax<C> state;
     strip.load(state.query, a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head), a.query_view,
                a.channels);
@@ -84,8 +105,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Forw
         stages.advance(stage);
         if (strip.sees_row(stages.row_of_stage(stage)))
             strip.for_each_step([&](int at, int column) {
-                attend_keys<C>(state, strip, stages.at(stage), stages.loader.second_at(), at - first_column, column,
-                               a.scale * log2_of_e);
+                attend_keys<C>(state, strip, bias, stages.at(stage), stages.loader.second_at(), at - first_column,
+                               stages.row_of_stage(stage), column, a.scale * log2_of_e);
             });
         synchronize();
     }

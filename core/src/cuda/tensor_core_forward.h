@@ -15,11 +15,35 @@ struct Accumulators {
     float output[C::patches][C::sum_width / 8][4], top[C::patches][2], sum[C::patches][2];
 };
 
+// The biases of a warp's queries.
+template <class C, class Bias>
+struct WarpBias {
+    const Bias &bias;
+    const BlockPlace &block;
+    const TileAxis &row_axis, &column_axis;
+    const Section &rows, &columns;
+    const WarpTile<C> &warp;
+
+    // Adds what a chunk of keys gets; it begins at `row` and `column`.
+    GPU_METHOD void add(float (&score)[2][4], int patch, int row, int column) const {
+        GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
+            const LanePlace place(rows, columns, warp.row, warp.column, patch, r);
+            if (!place.exists) continue;
+            const QueryBias query(bias, block.batch, block.head, rows.position(row_axis, place.row),
+                                  columns.position(column_axis, place.column));
+            GPU_UNROLL_FOR (int n = 0; n < 2; ++n)
+                GPU_UNROLL_FOR (int b = 0; b < 2; ++b)
+                    score[n][2 * r + b] +=
+                        query.of(row + lane_index() % 2 * 2 + b, column + 2 * n + lane_index() % 4 / 2);
+        }
+    }
+};
+
 // Adds one stage of keys, which starts at `stage` with `first_column` in its first slot.
-template <class C, class T>
+template <class C, class T, class Bias>
 GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, const Box (&column_box)[C::patches],
-                         SharedAddress stage, SharedAddress values, int first_column, float scale_log2,
-                         int first_channel) {
+                         const WarpBias<C, Bias> &bias, SharedAddress stage, SharedAddress values, int stage_row,
+                         int first_column, float scale_log2, int first_channel) {
     const int begin = column_box[0].all.begin, end = column_box[C::patches - 1].all.end;
     const ChunkReader<C> reader(stage, 4 * (begin - first_column));
 
@@ -47,6 +71,8 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
 
         uint32_t weight[C::patches][C::group][4];
         GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
+            if constexpr (Bias::present)
+                GPU_UNROLL_FOR (int c = 0; c < C::group; ++c) bias.add(score[p][c], p, stage_row, group + 4 * c);
             if (!window.rows_common || group < column_box[p].common.begin ||
                 group + 4 * C::group > column_box[p].common.end) {
                 GPU_UNROLL_FOR (int c = 0; c < C::group; ++c) window.mask(score[p][c], p, group + 4 * c);
@@ -100,8 +126,8 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
     }
 }
 
-template <class C, class T>
-GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUMENT ForwardArguments<T> a) {
+template <class C, class T, class Bias>
+GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUMENT ForwardArguments<T, Bias> a) {
     const BlockPlace block(a.rows, a.columns, a.heads);
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     // Classes differ in length, so the last tile of a shorter one may be empty.
@@ -116,6 +142,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
     const int first_column = stages.loader.first_column;
 
     const int first_channel = C::parts == 1 ? 0 : a.part * C::sum_width;
+    const WarpBias<C, Bias> bias = {a.bias, block, a.rows, a.columns, rows, columns, warp};
     Accumulators<C> state;
     const T *query = a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
@@ -134,8 +161,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
         stages.advance(stage);
         if (warp.works && stage_row < row_box.all.end && stage_row + C::stage_rows > row_box.all.begin) {
             window.enter_stage(stage_row, row_box);
-            attend<C, T>(state, window, column_box, stages.at(stage), stages.loader.second_at(), first_column,
-                         a.scale * log2_of_e, first_channel);
+            attend<C, T>(state, window, column_box, bias, stages.at(stage), stages.loader.second_at(), stage_row,
+                         first_column, a.scale * log2_of_e, first_channel);
         }
         synchronize();
     }

@@ -9,30 +9,38 @@ namespace localattn::cuda {
 
 namespace {
 
-// By kernel and width of the channels: lanes that share a strip, places of a strip, columns a step, warps, blocks a
-// multiprocessor. A lane's slices of its places stay in registers, so that wider channels take more lanes; the
-// gradients hold three or four slices a place, so that their strips are shorter.
-template <int width>
+// By width of the channels and size of the window: lanes that share a strip, places of a strip, columns a step, warps,
+// blocks a multiprocessor. A lane's slices of its places stay in registers, so that wider channels take more lanes; the
+// gradients hold three or four slices a place, so that their strips are shorter. A block of 4 rows leaves fewer warps
+// without work at a row of keys than one of 8, but two of them must fit the shared memory.
+template <int width, int rows>
 struct Tiles {
-    static constexpr int slices = width <= 64 ? 4 : width / 16;
-    struct Forward : SimtTile<width, slices, 4, 2, 8, 1> {};
-    struct GradQuery : SimtTile<width, slices, 2, 2, 8, 1> {};
-    struct GradKey : SimtTile<width, slices, 2, 1, 8, 1> {};
+    static constexpr int slices = width <= 64 ? 4 : width / 16, blocks = 8 / rows;
+    struct Forward : SimtTile<width, slices, 4, 2, rows, blocks> {};
+    struct GradQuery : SimtTile<width, slices, 2, 2, rows, blocks> {};
+    struct GradKey : SimtTile<width, slices, 2, 1, rows, blocks> {};
 };
+
+template <int width, class Visit>
+auto with_rows(const Problem &p, Visit visit) {
+    if (p.axis[2].kernel * width <= 13 * 64) return visit(Tiles<width, 4>());
+    return visit(Tiles<width, 8>());
+}
 
 template <class Visit>
 auto with_tiles(const Problem &p, Visit visit) {
     const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels;
-    if (widest <= 32) return visit(Tiles<32>());
-    if (widest <= 64) return visit(Tiles<64>());
-    if (widest <= 128) return visit(Tiles<128>());
-    return visit(Tiles<256>());
+    if (widest <= 32) return with_rows<32>(p, visit);
+    if (widest <= 64) return with_rows<64>(p, visit);
+    if (widest <= 128) return with_rows<128>(p, visit);
+    return with_rows<256>(p, visit);
 }
 
 const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (p.dtype != Dtype::float32) return "computes float32 only";
     if (const char *reason = declines_window(p)) return reason;
-    if (p.has_bias() || p.wants_bias_gradient()) return "takes no bias";
+    if (pass == Pass::backward && (p.has_bias() || p.wants_bias_gradient())) return "takes no bias in the backward";
+    if (const char *reason = declines_bias(p)) return reason;
     if (p.channels > 256 || p.value_channels > 256) return "computes at most 256 channels a head";
     if (p.channels % 4 || p.value_channels % 4) return "channels must be a multiple of 4";
     if (const char *reason = declines_layout(p, pass, 4, 1)) return reason;
@@ -64,7 +72,10 @@ const char *run(const Problem &p, Pass pass, void *stream, void *memory) {
         using Of = decltype(tiles);
         if (pass == Pass::backward) return run_backward<Of>(p, w, stream);
         using C = typename Of::Forward;
-        return launch_forward<C, float, simt_forward<C>>(p, w.query, 0, stream);
+        return with_bias<float>(p, w, [&](const auto &bias) {
+            using Bias = std::decay_t<decltype(bias)>;
+            return launch_forward<C, float, simt_forward<C, Bias>>(p, w.query, bias, 0, stream);
+        });
     });
 }
 

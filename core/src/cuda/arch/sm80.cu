@@ -11,39 +11,48 @@ namespace localattn::cuda {
 
 namespace {
 
-// Tiles by kernel and width of the channels: warp rows, warp columns, patches a warp, chunks a step (of the forward),
-// blocks a multiprocessor. Two patches share every load from shared memory, where their accumulators fit the registers.
-template <int width>
-struct ForwardTile : Tile<width, 2, 2, 2, width == 32 ? 4 : 2, 2> {};
-template <>
-struct ForwardTile<128> : Tile<128, 2, 2, 1, 2, 2> {};
-template <>
-struct ForwardTile<256> : Tile<256, 2, 2, 1, 1, 1, 2> {};
+// Tiles by width of the channels and size of the window: warp rows, warp columns, patches a warp, chunks a step (of the
+// forward), blocks a multiprocessor, parts. Two patches share every load from shared memory, where their accumulators
+// fit the registers. In small windows a block has one row of warps: with two, each would be idle at every third stage.
+template <int width, bool small_window>
+struct Tiles {
+    static constexpr int rows = small_window ? 1 : 2;
+    static constexpr int patches = width <= 64 ? 2 : 1, blocks = width <= 128 ? 2 : 1, parts = width <= 128 ? 1 : 2;
+    static constexpr int group = width == 32 ? 4 : width <= 128 ? 2 : 1;
+    template <class Bias>  // which takes registers
+    struct Forward : Tile<width, rows, 4 / rows, patches, group, blocks, Bias::present ? parts * parts : parts> {};
+    static constexpr int gradient_patches = width == 32 ? 2 : 1;
+    struct GradQuery : Tile<width, rows, 8 / rows / gradient_patches, gradient_patches, 1, gradient_patches> {};
+    struct GradKey : Tile<width, rows, 8 / rows, 1, 1, 1> {};
+};
 
 constexpr int most_gradient_channels = 128;  // two tensors' rows of 256 do not fit the registers
 
-template <int width>
-struct GradQueryTile : Tile<width, 2, 4, 1, 1, 1> {};
-template <>
-struct GradQueryTile<32> : Tile<32, 2, 2, 2, 1, 2> {};
+// So that a stage of theirs fits the shared memory of every device that has tensor cores.
+bool has_small_window(const Problem &p) {
+    for (int x = 1; x < 3; ++x)
+        if (p.axis[x].kernel + p.axis[x].stride > 9 || p.axis[x].queries != p.axis[x].keys) return false;
+    return true;
+}
 
-template <int width>
-struct GradKeyTile : Tile<width, 2, 4, 1, 1, 1> {};
-
-// Calls visit(integral constant) with the width of the tiles that the problem needs; it must exist.
+// Calls visit(tiles, integral constant) with the tiles that the problem needs, which must exist, and their width.
 template <class Visit>
-auto with_width(const Problem &p, Visit visit) {
+auto with_tiles(const Problem &p, Visit visit) {
     const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels;
-    if (widest <= 32) return visit(std::integral_constant<int, 32>());
-    if (widest <= 64) return visit(std::integral_constant<int, 64>());
-    if (widest <= 128) return visit(std::integral_constant<int, 128>());
-    return visit(std::integral_constant<int, 256>());
+    const bool small_window = has_small_window(p);
+    const std::integral_constant<int, 32> w32;
+    const std::integral_constant<int, 64> w64;
+    if (widest <= 32) return small_window ? visit(Tiles<32, true>(), w32) : visit(Tiles<32, false>(), w32);
+    if (widest <= 64) return small_window ? visit(Tiles<64, true>(), w64) : visit(Tiles<64, false>(), w64);
+    if (widest <= 128) return visit(Tiles<128, false>(), std::integral_constant<int, 128>());
+    return visit(Tiles<256, false>(), std::integral_constant<int, 256>());
 }
 
 int64_t shared_bytes(const Problem &p, Pass pass) {
-    return with_width(p, [&](auto width) {
-        constexpr int w = decltype(width)::value;
-        return cuda::shared_bytes<ForwardTile<w>, GradQueryTile<w>, GradKeyTile<w>>(p, pass);
+    return with_tiles(p, [&](auto tiles, auto) {
+        using Of = decltype(tiles);
+        using Forward = typename Of::template Forward<NoBias>;
+        return cuda::shared_bytes<Forward, typename Of::GradQuery, typename Of::GradKey>(p, pass);
     });
 }
 
@@ -51,7 +60,8 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
     if (p.dtype != Dtype::float16 && p.dtype != Dtype::bfloat16) return "computes float16 and bfloat16 only";
     if (const char *reason = declines_window(p)) return reason;
     if (p.scale == 0) return "the scale must not be 0";
-    if (p.has_bias() || p.wants_bias_gradient()) return "takes no bias";
+    if (pass == Pass::backward && (p.has_bias() || p.wants_bias_gradient())) return "takes no bias in the backward";
+    if (const char *reason = declines_bias(p)) return reason;
     const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels;
     if (widest > 256) return "computes at most 256 channels a head";
     if (pass == Pass::backward && widest > most_gradient_channels)
@@ -63,26 +73,29 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
     return nullptr;
 }
 
-template <int width, class T>
+template <class Of, class T>
 const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
-    using C = ForwardTile<width>;
-    const char *error = nullptr;
-    for (int32_t part = 0; part < C::parts && !error; ++part)
-        error = launch_forward<C, T, tensor_core_forward<C, T>>(p, w.query, part, stream);
-    return error;
+    return with_bias<T>(p, w, [&](const auto &bias) {
+        using Bias = std::decay_t<decltype(bias)>;
+        using C = typename Of::template Forward<Bias>;
+        const char *error = nullptr;
+        for (int32_t part = 0; part < C::parts && !error; ++part)
+            error = launch_forward<C, T, tensor_core_forward<C, T, Bias>>(p, w.query, bias, part, stream);
+        return error;
+    });
 }
 
-template <int width, class T>
+template <class Of, class T>
 const char *run_backward(const Problem &p, const Workspace &w, void *stream) {
     const GradientArguments<T> a = gradient_arguments<T>(p, w);
     const char *error = nullptr;
     if (a.grad_query) {
-        using C = GradQueryTile<width>;
+        using C = typename Of::GradQuery;
         error = launch_over_queries<C, tensor_core_grad_query<C, T>>(p, w, a, stream);
     }
     if (error || !(a.grad_key || a.grad_value)) return error;
-    using C = GradKeyTile<width>;
-    if constexpr (width < 128) {
+    using C = typename Of::GradKey;
+    if constexpr (C::width < 128) {
         return launch_over_keys<C, tensor_core_grad_key<C, T, true, true>>(p, w, a, stream);
     } else {
         if (a.grad_key) error = launch_over_keys<C, tensor_core_grad_key<C, T, true, false>>(p, w, a, stream);
@@ -95,10 +108,10 @@ template <class T>
 const char *run_typed(const Problem &p, Pass pass, void *stream, void *memory) {
     const Workspace w(p, pass, memory);
     if (const char *error = prepare<T>(p, pass, w, stream)) return error;
-    return with_width(p, [&](auto width) {
-        constexpr int channels = decltype(width)::value;
-        if (pass == Pass::forward) return run_forward<channels, T>(p, w, stream);
-        if constexpr (channels <= most_gradient_channels) return run_backward<channels, T>(p, w, stream);
+    return with_tiles(p, [&](auto tiles, auto width) {
+        using Of = decltype(tiles);
+        if (pass == Pass::forward) return run_forward<Of, T>(p, w, stream);
+        if constexpr (decltype(width)::value <= most_gradient_channels) return run_backward<Of, T>(p, w, stream);
         return "declined";
     });
 }

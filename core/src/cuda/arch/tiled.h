@@ -120,11 +120,42 @@ Real *pointer(const Tensor &t) {
     return static_cast<Real *>(t.data);
 }
 
+// NULL if 32 bits number every element of an image's biases, else why not.
+inline const char *declines_bias(const Problem &p) {
+    if (p.axis_bias[0].data) return "takes no bias of a third axis";
+    const int64_t kernel[] = {p.axis[1].kernel, p.axis[2].kernel};
+    const auto entries_fit = [&](Tensor t, int64_t entries) {
+        const double reach = double(entries) * std::fabs(double(t.channel));
+        return reach < 1073741824.0 && addressable(t, 2 * p.axis[1].queries, 2 * p.axis[2].queries);
+    };
+    if (!entries_fit(p.bias, kernel[0] * kernel[1]) || !entries_fit(p.axis_bias[1], kernel[0]) ||
+        !entries_fit(p.axis_bias[2], kernel[1]) || !addressable(p.rel_pos_bias, 2 * kernel[0], 2 * kernel[1]))
+        return "an image's biases span 2^30 elements or more";
+    return nullptr;
+}
+
+template <class T>
+ScoreBias<T> bias_of(const Problem &p, const Anchor *rows, const Anchor *columns) {
+    ScoreBias<T> b{};
+    b.whole = pointer<const T>(p.bias), b.table = pointer<const T>(p.rel_pos_bias);
+    b.by_row = pointer<const T>(p.axis_bias[1]), b.by_column = pointer<const T>(p.axis_bias[2]);
+    b.whole_view = view_of(p.bias), b.by_row_view = view_of(p.axis_bias[1]);
+    b.by_column_view = view_of(p.axis_bias[2]);
+    b.whole_entry = int32_t(p.bias.channel), b.by_row_entry = int32_t(p.axis_bias[1].channel);
+    b.by_column_entry = int32_t(p.axis_bias[2].channel);
+    b.table_head = p.rel_pos_bias.head;
+    b.table_row = int32_t(p.rel_pos_bias.axis[1]), b.table_column = int32_t(p.rel_pos_bias.axis[2]);
+    b.kernel_rows = int32_t(p.axis[1].kernel), b.kernel_columns = int32_t(p.axis[2].kernel);
+    b.rows = rows, b.columns = columns;
+    b.over_scale = p.scale == 0 ? 1 : float(1 / std::fabs(p.scale));
+    return b;
+}
+
 // Over tiles of queries; part of the output's channels, where a tile computes parts.
-template <class C, class T, auto kernel>
-const char *launch_forward(const Problem &p, Range *const (&queries)[2], int32_t part, void *stream) {
+template <class C, class T, auto kernel, class Bias>
+const char *launch_forward(const Problem &p, Range *const (&queries)[2], const Bias &bias, int32_t part, void *stream) {
     const Axis &rows = p.axis[1], &columns = p.axis[2];
-    ForwardArguments<T> a{};
+    ForwardArguments<T, Bias> a{};
     a.query = pointer<const T>(p.query), a.key = pointer<const T>(p.key), a.value = pointer<const T>(p.value);
     a.output = pointer<T>(p.output), a.lse = pointer<float>(p.lse);
     a.query_view = view_of(p.query), a.key_view = view_of(p.key), a.value_view = view_of(p.value);
@@ -137,12 +168,14 @@ const char *launch_forward(const Problem &p, Range *const (&queries)[2], int32_t
     a.scale = p.scale == 0 ? 1 : float(std::fabs(p.scale));
     a.sign = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
     a.part = part;
+    a.bias = bias;
     return launch<kernel>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
                           size_t(C::shared_bytes(a.stage_columns)), stream, a);
 }
 
-inline const char *launch_ranges(const Problem &p, Range *rows, Range *columns, void *stream) {
-    const RangeArguments arguments = {{p.axis[1], p.axis[2]}, {rows, columns}};
+inline const char *launch_ranges(const Problem &p, Range *const (&ranges)[2], Anchor *const (&anchors)[2],
+                                 void *stream) {
+    const RangeArguments arguments = {{p.axis[1], p.axis[2]}, {ranges[0], ranges[1]}, {anchors[0], anchors[1]}};
     const int64_t longest = p.axis[1].queries > p.axis[2].queries ? p.axis[1].queries : p.axis[2].queries;
     return launch<fill_ranges>(blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
 }

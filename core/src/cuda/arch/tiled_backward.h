@@ -20,14 +20,17 @@ int64_t shared_bytes(const Problem &p, Pass pass) {
     return query > key ? query : key;
 }
 
-// Device memory: ranges of the queries, for the backward those of the keys, and the queries' statistics.
+// Device memory: ranges of the queries; for a forward with biases their windows' anchors; for the backward ranges of
+// the keys, and the queries' statistics.
 struct Workspace {
     Range *query[2], *key[2];
+    Anchor *anchor[2];
     Statistics *statistics;
     size_t bytes;
 
     Workspace(const Problem &p, Pass pass, void *memory) {
-        static_assert(sizeof(Range) == 8 && sizeof(Statistics) == 8, "one follows the other without gaps");
+        static_assert(sizeof(Range) == 8 && sizeof(Anchor) == 8 && sizeof(Statistics) == 8,
+                      "one follows the other without gaps");
         const Axis &rows = p.axis[1], &columns = p.axis[2];
         int64_t count = 0;
         const auto take = [&](int64_t items) {
@@ -37,7 +40,9 @@ struct Workspace {
         };
         query[0] = static_cast<Range *>(take(rows.queries));
         query[1] = static_cast<Range *>(take(columns.queries));
-        const bool backward = pass == Pass::backward;
+        const bool backward = pass == Pass::backward, biased = !backward && p.has_bias();
+        anchor[0] = biased ? static_cast<Anchor *>(take(rows.queries)) : nullptr;
+        anchor[1] = biased ? static_cast<Anchor *>(take(columns.queries)) : nullptr;
         key[0] = static_cast<Range *>(take(backward ? rows.keys : 0));
         key[1] = static_cast<Range *>(take(backward ? columns.keys : 0));
         statistics = static_cast<Statistics *>(take(backward ? p.batch * rows.queries * columns.queries * p.heads : 0));
@@ -50,11 +55,17 @@ inline size_t workspace_bytes(const Problem &p, Pass pass) {
     return Workspace(p, pass, nowhere).bytes;
 }
 
+// Calls visit(NoBias or ScoreBias<T>), whatever the problem has.
+template <class T, class Visit>
+auto with_bias(const Problem &p, const Workspace &w, Visit visit) {
+    return p.has_bias() ? visit(bias_of<T>(p, w.anchor[0], w.anchor[1])) : visit(NoBias());
+}
+
 // Fills what the pass needs of the workspace.
 template <class T>
 const char *prepare(const Problem &p, Pass pass, const Workspace &w, void *stream) {
     const Axis &rows = p.axis[1], &columns = p.axis[2];
-    const char *error = launch_ranges(p, w.query[0], w.query[1], stream);
+    const char *error = launch_ranges(p, w.query, w.anchor, stream);
     if (error || pass == Pass::forward) return error;
     error = launch_key_ranges(p, w.query, w.key, stream);
     if (error) return error;
