@@ -30,7 +30,7 @@ CPP_SOURCES = $(shell find core bindings tests examples -name '*.[ch]' -o -name 
     2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-core test-sanitizers test-python bench wheel test-wheel docs lint format install clean
+.PHONY: help demo test test-core test-sanitizers test-machine-code test-python bench wheel test-wheel docs lint format install clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,13 @@ test-sanitizers: $(TOOLS)  ## the C and C++ tests under ASan and UBSan, concurre
 	cmake --preset tsan
 	cmake --build --preset tsan --target test_workers
 	ctest --preset tsan --label-regex threads
+
+test-machine-code: $(TOOLS)  ## the CUDA kernels compiled for every architecture, and their machine code; needs nvcc
+	@if ! command -v $${CUDACXX:-nvcc} >/dev/null; then echo "not run: $${CUDACXX:-nvcc} was not found"; else \
+	set -ex; $(INSTALL) --group machine-code; \
+	cmake -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DLOCALATTN_CUDA=ON -DLOCALATTN_WERROR=ON; \
+	cmake --build build/cuda --target localattn_cuda; \
+	$(BIN)/python tests/cuda/check_machine_code.py build/cuda/core/liblocalattn_cuda.so; fi
 
 test-python: install  ## the Python tests, against the installed package
 	$(INSTALL) --group test

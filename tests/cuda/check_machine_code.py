@@ -3,9 +3,10 @@
 
     check_machine_code.py LIBRARY [--cuobjdump PATH] [--table]
 
-Fast kernels may use no local memory (spilled registers live there) and must hold the instructions they are built
-around, on every architecture they are compiled for. The disassembler is NVIDIA's cuobjdump, as found by --cuobjdump,
-on PATH, or in an installed triton. --table prints registers and instruction counts of the fast kernels.
+No kernel may use local memory (spilled registers live there), and the fast ones must hold the instructions they are
+built around, on every architecture they are compiled for: asynchronous copies from sm_80 on. The disassembler is
+NVIDIA's cuobjdump, as found by --cuobjdump, on PATH, or in an installed triton. --table prints registers and
+instruction counts of the fast kernels.
 """
 
 import argparse
@@ -86,18 +87,23 @@ def main():
 
     wrong, seen = [], collections.Counter()
     for (architecture, function), (registers, local) in sorted(usage.items()):
+        if local:
+            wrong.append(f"{architecture} {function}: {local} bytes of local memory")
         kernel = next((name for name in FAST if name in function), None)
         if not kernel:
             continue
-        seen[kernel] += 1
+        seen[kernel, architecture] += 1
         counts = code[architecture, function]
         if arguments.table:
             listed = " ".join(f"{name} {counts[name]}" for name in FAST[kernel])
             print(f"{architecture} {registers:3} registers, {sum(counts.values())} instructions, {listed}: {function}")
-        if local:
-            wrong.append(f"{architecture} {function}: {local} bytes of local memory")
-        wrong += [f"{architecture} {function}: no {name}" for name in FAST[kernel] if not counts[name]]
-    wrong += [f"{kernel} is not in the library" for kernel in FAST if not seen[kernel]]
+        expected = [name for name in FAST[kernel] if name != "LDGSTS" or int(architecture[3:]) >= 80]
+        wrong += [f"{architecture} {function}: no {name}" for name in expected if not counts[name]]
+    for architecture in sorted({a for a, _ in usage}):
+        needed = [kernel for kernel in FAST if "HMMA" not in FAST[kernel] or int(architecture[3:]) >= 80]
+        wrong += [
+            f"{architecture}: {kernel} is not in the library" for kernel in needed if not seen[kernel, architecture]
+        ]
     for line in wrong:
         print("FAIL", line)
     print(f"{sum(seen.values())} fast kernels on {len({a for a, _ in usage})} architectures, {len(wrong)} faults")

@@ -59,7 +59,7 @@ step "attention on the device, 3000 problems" 180 "$build/tests/gpu/gpu_attentio
 for operator in window_products linear_attention routed_attention; do
     step "$operator on the device, 1000 problems" 120 env LOCALATTN_TEST_COUNT=1000 "$build/core/gpu_${operator}_test"
 done
-step "attention under emulation" 120 "$build/tests/cuda/cuda_attention_test" 120 1
+step "attention under emulation" 120 "$build/tests/cuda/cuda_attention_test" 168 1
 step "emulation and C API" 60 ctest --test-dir "$build" --output-on-failure -R 'cuda\.(emulation|device_calls)'
 
 if ! command -v compute-sanitizer >/dev/null; then
