@@ -22,14 +22,14 @@ std::string check(uint64_t seed, const std::string &variant, std::vector<std::st
     Random random(seed);
     const localattn_dtype dtypes[] = {LOCALATTN_FLOAT32, LOCALATTN_FLOAT64, LOCALATTN_FLOAT16, LOCALATTN_BFLOAT16};
     // On a GPU every kernel in turn: each dtype, and each width of what tensor cores take.
-    const bool on_gpu = tested_device == LOCALATTN_CUDA, tiled = on_gpu && seed % 2;
+    const bool on_cuda = tested_device == LOCALATTN_CUDA, tiled = on_cuda && seed % 2;
     const int64_t widest = int64_t(32) << seed / 4 % 3;
-    const localattn_dtype dtype = dtypes[tiled    ? 2 + seed / 2 % 2
-                                         : on_gpu ? seed / 2 % 4
-                                                  : uint64_t(pick(random, 0, 3))];
+    const localattn_dtype dtype = dtypes[tiled     ? 2 + seed / 2 % 2
+                                         : on_cuda ? seed / 2 % 4
+                                                   : uint64_t(pick(random, 0, 3))];
     const Element element = element_of(dtype), wide = wide_element_of(dtype);
     // An emulated device is slow.
-    const bool large = chance(random, 15), small = large && on_gpu;
+    const bool large = chance(random, 15), small = large && on_cuda;
     const int64_t batch = pick(random, 0, 20) ? pick(random, 1, 2) : 0, heads = small ? 1 : pick(random, 1, 3);
     const auto pick_channels = [&] {
         return tiled ? 8 * pick(random, widest == 32 ? 1 : widest / 16 + 1, widest / 8)
@@ -190,6 +190,31 @@ std::string check(uint64_t seed, const std::string &variant, std::vector<std::st
         gradients.push_back(gw);
     }
     run(LOCALATTN_BACKWARD, gradients);
+
+    // An infinite score makes the log-sum-exp infinite and the output NaN, of the queries that see it alone.
+    if (plain && regions > 0 && topk > 0 && batch > 0 && chance(random, 30)) {
+        key.set({0, 0, 0, 0, 0, 0}, infinity);  // of region 0
+        p.has_scale = 1;
+        p.scale = 0.5;
+        p.region_weight = {};
+        localattn_context context = LOCALATTN_INIT(localattn_context);
+        context.variant = variant.c_str();
+        context.device_type = device_of(variant);
+        const localattn_status status = localattn_routed_attention_forward(&context, &p);
+        int wrong = status != LOCALATTN_OK && status != LOCALATTN_UNSUPPORTED;
+        const Dense logs = lse.dense(), rows = output.dense();
+        for (int64_t y = 0; y < H && status == LOCALATTN_OK; ++y)
+            for (int64_t x = 0; x < W; ++x) {
+                const auto chosen = index.begin() + (y / rq[0] * grid[1] + x / rq[1]) * topk;
+                const bool sees = std::find(chosen, chosen + topk, 0) != chosen + topk;
+                const double log = logs[{0, y, x, 0, 0, 0}], first = rows[{0, y, x, 0, 0, 0}];
+                const double factor = query.get({0, y, x, 0, 0, 0});
+                if (sees && factor == 0) continue;  // 0 times infinity
+                wrong += sees && factor > 0 ? log != infinity || !std::isnan(first)
+                                            : std::isnan(log) || log == infinity || !std::isfinite(first);
+            }
+        if (wrong) failures.push_back("an infinite score is not told by " + std::to_string(wrong) + " queries");
+    }
 
     // An index out of range is told before anything is computed: by the call, or, on a device, by a kernel, which on a
     // GPU would end this process' use of it.
