@@ -366,7 +366,7 @@ GPU_KERNEL void GPU_BOUNDS(C::most_threads, 2) tensor_core_routed_forward(GPU_AR
         }
         if (any_in_warp(high[0] > top[0] || high[1] > top[1])) {
             GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
-                const float shrink = fast_exp2(top[r] - base[r]);
+                const float shrink = high[r] == top[r] ? 1 : fast_exp2(top[r] - base[r]);  // both may be infinite
                 top[r] = high[r];
                 sum[r] *= shrink;
                 GPU_UNROLL_FOR (int d = 0; d < C::width / 8; ++d) {
