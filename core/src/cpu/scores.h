@@ -172,7 +172,7 @@ LOCALATTN_INLINE void stream_rows(const Plan &plan, int64_t element_size, const 
     const int64_t count = of_a ? plan.strip_lanes() : plan.phase_stride;
     const int64_t from = most(0, first * lane.period(side));
     const int64_t to = least(lane.extent(side), (first + count) * lane.period(side));
-    for (int64_t row = begin; row < least(end, rows1.count); ++row) {
+    for (int64_t row = most(0, begin); row < least(end, rows1.count); ++row) {
         const int64_t offset = batch * tensor.batch + head * tensor.head + rows0.position[row0] * tensor.axis[0] +
                                rows1.position[row] * tensor.axis[1];
         stream.add_row(static_cast<const char *>(tensor.data) + offset * element_size, element_size, tensor.axis[2],
