@@ -23,6 +23,50 @@ LOCALATTN_INLINE void differentiate(int64_t n, typename V::reg lse, typename V::
     }
 }
 
+// The same for a chunk of scores whose lanes are queries, with biases, masks, and the gradients of biases that are
+// asked for: s becomes p, unmasked, and dp becomes ds. For each row of pairs on the map, found(row of queries, row of
+// keys, partial, key mask, p, ds) then sees them.
+template <class V, class Lse, class Delta, class Found>
+LOCALATTN_INLINE void differentiate_queries(const Plan &plan, const Codec<V> &codec, const KeyRing<V> &keys,
+                                            const BiasGradients &bias_gradients, const Job &job, const Block &block,
+                                            const LaneTile &tile, const Chunk &chunk, const Lse &lse_of,
+                                            const Delta &delta_of, typename V::T *s, typename V::T *dp, ptrdiff_t s_row,
+                                            const Found &found) {
+    using T = typename V::T;
+    using reg = typename V::reg;
+    const Problem &problem = *plan.problem;
+    const LanePattern &pattern = *tile.pattern;
+    const bool bias = problem.has_bias(), wants_bias = bias_gradients.any();
+    for (int r = 0; r < block.rows; ++r) {
+        const reg lse = lse_of(r), delta = delta_of(r);
+        for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+            int64_t begin, end;
+            present_rows(plan, block.row0, block.row + r, b0, begin, end);
+            for (int64_t b = most(begin, chunk.begin); b < least(end, chunk.end); ++b) {
+                const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
+                T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
+                const bool real = is_real(plan, block, r, b0, b);
+                if (!real) {
+                    if (!wants_bias) continue;
+                    for (int i = 0; i < pattern.slots * V::lanes; i += V::lanes) {
+                        V::store(scores + i, reg{});
+                        V::store(ds + i, reg{});
+                    }
+                }
+                const BiasRow row = bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b);
+                if (bias) codec.add_bias(plan, tile, row, T(log2_e), scores);
+                differentiate<V>(pattern.slots, lse, delta, scores, ds);
+                const bool partial =
+                    problem.raster && b0 == plan.axis0.centre[block.row0] && b == plan.axis1.centre[block.row + r];
+                const typename V::Mask *key_mask = real ? keys.mask_of(b0, b, tile) : nullptr;
+                mask_scores<V>(tile, partial, key_mask, reg{}, ds);
+                if (real) found(r, b, partial, key_mask, scores, ds);
+                if (wants_bias) add_bias_gradients<V>(plan, tile, row, bias_gradients, ds);
+            }
+        }
+    }
+}
+
 template <class V>
 struct QueryPassWorker {
     using T = typename V::T;
@@ -92,35 +136,10 @@ struct QueryPassWorker {
     }
 
     void differentiate_chunk(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk) {
-        const LanePattern &pattern = *tile.pattern;
-        const bool bias = problem.has_bias(), wants_bias = bias_gradients.any();
-        for (int r = 0; r < block.rows; ++r) {
-            for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
-                int64_t begin, end;
-                present_rows(plan, block.row0, block.row + r, b0, begin, end);
-                for (int64_t b = most(begin, chunk.begin); b < least(end, chunk.end); ++b) {
-                    const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
-                    T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
-                    const bool real = is_real(plan, block, r, b0, b);
-                    if (!real) {
-                        if (!wants_bias) continue;
-                        for (int i = 0; i < pattern.slots * V::lanes; i += V::lanes) {
-                            V::store(scores + i, reg{});
-                            V::store(ds + i, reg{});
-                        }
-                    }
-                    const BiasRow row = bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b);
-                    if (bias) codec.add_bias(plan, tile, row, T(log2_e), scores);
-                    differentiate<V>(pattern.slots, V::load(lse + r * V::lanes), V::load(delta + r * V::lanes), scores,
-                                     ds);
-                    const bool partial =
-                        problem.raster && b0 == plan.axis0.centre[block.row0] && b == plan.axis1.centre[block.row + r];
-                    const Mask *key_mask = real ? ring.mask_of(b0, b, tile) : nullptr;
-                    mask_scores<V>(tile, partial, key_mask, reg{}, ds);
-                    if (wants_bias) add_bias_gradients<V>(plan, tile, row, bias_gradients, ds);
-                }
-            }
-        }
+        const auto lse_of = [&](int r) { return V::load(lse + r * V::lanes); };
+        const auto delta_of = [&](int r) { return V::load(delta + r * V::lanes); };
+        differentiate_queries<V>(plan, codec, ring, bias_gradients, job, block, tile, chunk, lse_of, delta_of, s, dp,
+                                 s_row, [](int, int64_t, bool, const Mask *, T *, const T *) {});
     }
 
     void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {

@@ -84,14 +84,9 @@ struct JointWorker {
         return tile.phase * plan.plane_phase + V::lanes + tile.lane - job.strip * plan.strip_lanes();
     }
 
-    // Turns the scores of a query row and a key row into p and ds; both also to the planes, where these are wanted.
-    void differentiate_row(const LaneTile &tile, bool partial, const Mask *key_mask, reg l, reg d, T *scores, T *ds,
-                           int64_t column, T *p_to, T *ds_to) const {
+    // A row of pairs to the planes, by key lane.
+    void write_planes(const LaneTile &tile, int64_t column, const T *p, const T *ds, int64_t pair) {
         const LanePattern &pattern = *tile.pattern;
-        differentiate<V>(pattern.slots, l, d, scores, ds);
-        mask_scores<V>(tile, partial, key_mask, reg{}, ds);
-        if (!p_to) return;
-        mask_scores<V>(tile, partial, key_mask, reg{}, scores);
         // Plane 0 is of the key furthest on from the query.
         const int64_t first = tile.phase * by_query.phase_stride;
         const uint64_t beyond = static_cast<uint64_t>(plan.plane_phase - V::lanes);
@@ -100,46 +95,27 @@ struct JointWorker {
             const int64_t offset = pattern.column[i] - first;
             // Nothing reads what lies wholly outside the strip.
             if (static_cast<uint64_t>(in_phase + offset - 1) >= beyond - 1) continue;
-            const int64_t at =
-                (-offset - plan.lane_axis.lowest_offset(Side::key)) * plan.plane_columns + column + offset;
-            V::store(p_to + at, V::load(scores + i * V::lanes));
-            V::store(ds_to + at, V::load(ds + i * V::lanes));
+            const int64_t plane = -offset - plan.lane_axis.lowest_offset(Side::key);
+            const int64_t at = pair * pair_step() + plane * plan.plane_columns + column + offset;
+            V::store(p_plane + at, V::load(p + i * V::lanes));
+            V::store(ds_plane + at, V::load(ds + i * V::lanes));
         }
     }
 
     void differentiate_tile(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk,
                             bool to_planes, bool owned) {
-        const LanePattern &pattern = *tile.pattern;
-        const bool bias = problem.has_bias(), wants_bias = owned && bias_gradients.any();
-        const int64_t b0 = chunk.begin0, at = query_column(job, tile), column = plane_column(job, tile);
-        for (int r = 0; r < block.rows; ++r) {
-            int64_t begin, end;
-            present_rows(by_query, block.row0, block.row + r, b0, begin, end);
-            const int64_t slot = ring.slots.of(block.row0, block.row + r);
-            const reg l = V::load(ring.lse + slot * plan.packed + at),
-                      d = V::load(ring.delta + slot * plan.packed + at);
-            for (int64_t b = most(begin, chunk.begin); b < least(end, chunk.end); ++b) {
-                const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
-                T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
-                const bool real = is_real(by_query, block, r, b0, b);
-                if (!real) {
-                    if (!wants_bias) continue;
-                    for (int i = 0; i < pattern.slots * V::lanes; i += V::lanes) {
-                        V::store(scores + i, reg{});
-                        V::store(ds + i, reg{});
-                    }
-                }
-                const BiasRow row = bias_row(by_query, job.batch, job.head, block.row0, block.row + r, b0, b);
-                if (bias) codec.add_bias(by_query, tile, row, T(log2_e), scores);
-                const bool partial = problem.raster && b0 == by_query.axis0.centre[block.row0] &&
-                                     b == by_query.axis1.centre[block.row + r];
-                const int64_t pair = ((b - chunk.begin) * plan.block_rows + r) * pair_step();
-                const bool keep = real && to_planes;
-                differentiate_row(tile, partial, real ? keys.mask_of(b0, b, tile) : nullptr, l, d, scores, ds, column,
-                                  keep ? p_plane + pair : nullptr, keep ? ds_plane + pair : nullptr);
-                if (wants_bias) add_bias_gradients<V>(by_query, tile, row, bias_gradients, ds);
-            }
-        }
+        const int64_t at = query_column(job, tile), column = plane_column(job, tile);
+        const auto load = [&](const T *numbers, int r) {
+            return V::load(numbers + ring.slots.of(block.row0, block.row + r) * plan.packed + at);
+        };
+        differentiate_queries<V>(
+            by_query, codec, keys, owned ? bias_gradients : BiasGradients{}, job, block, tile, chunk,
+            [&](int r) { return load(ring.lse, r); }, [&](int r) { return load(ring.delta, r); }, s, dp, s_row,
+            [&](int r, int64_t b, bool partial, const Mask *key_mask, T *p, const T *ds) {
+                if (!to_planes) return;
+                mask_scores<V>(tile, partial, key_mask, reg{}, p);
+                write_planes(tile, column, p, ds, (b - chunk.begin) * plan.block_rows + r);
+            });
     }
 
     // Queries of one block against a block of keys.
