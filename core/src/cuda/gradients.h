@@ -131,16 +131,7 @@ struct QueryStages {
             store_shared_number(to + 4, of.delta);
         }
     }
-    // Loads the stage after this one and waits for this one.
-    GPU_METHOD void advance(int stage) const {
-        if (stage + 1 < count) {
-            load(stage + 1);
-            copy_wait<1>();
-        } else {
-            copy_wait<0>();
-        }
-        synchronize();
-    }
+    GPU_METHOD void advance(int stage) const { advance_stage(*this, stage); }
 };
 
 GPU_FUNCTION Statistics load_statistics(SharedAddress at) {

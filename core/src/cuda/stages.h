@@ -104,6 +104,18 @@ struct Loader {
     }
 };
 
+// Loads the stage after this one and waits for this one.
+template <class Stages>
+GPU_FUNCTION void advance_stage(const Stages &stages, int stage) {
+    if (stage + 1 < stages.count) {
+        stages.load(stage + 1);
+        copy_wait<1>();
+    } else {
+        copy_wait<0>();
+    }
+    synchronize();
+}
+
 // What streams by in the forward and for the gradient of the query: stages of keys and values, two of them in shared
 // memory.
 template <class C, class T>
@@ -133,16 +145,7 @@ struct KeyStages {
     GPU_METHOD int row_of_stage(int stage) const { return first_row + C::stage_rows * stage; }
     GPU_METHOD SharedAddress at(int stage) const { return memory + SharedAddress(stage % 2) * stage_bytes; }
     GPU_METHOD void load(int stage) const { loader.load(at(stage), row_of_stage(stage)); }
-    // Loads the stage after this one and waits for this one.
-    GPU_METHOD void advance(int stage) const {
-        if (stage + 1 < count) {
-            load(stage + 1);
-            copy_wait<1>();
-        } else {
-            copy_wait<0>();
-        }
-        synchronize();
-    }
+    GPU_METHOD void advance(int stage) const { advance_stage(*this, stage); }
 };
 
 }  // namespace localattn::cuda
