@@ -168,9 +168,11 @@ struct QueryPassWorker {
         stream.clear();
         const int64_t next = block.row + block.rows, kv_head = job.head / (problem.heads / problem.kv_heads);
         if (next >= end || all.end0 != all.begin0 + 1) return;
+        const int rows_of_a = static_cast<int>(least(plan.block_rows, end - next));
+        const Chunk ahead = reach(plan, {block.row0, next, rows_of_a}, bias_gradients.any());
         const auto rows = [&](const Tensor &t, bool of_a, int64_t head, int64_t channels) {
             stream_rows(plan, codec.element_size, t, job.batch, head, job.strip, of_a, of_a ? block.row0 : all.begin0,
-                        of_a ? next : all.end, (of_a ? next : all.end) + plan.block_rows, channels, stream);
+                        of_a ? next : all.end, of_a ? next + rows_of_a : ahead.end, channels, stream);
         };
         rows(problem.key, false, kv_head, problem.channels);
         rows(problem.value, false, kv_head, problem.value_channels);
@@ -244,9 +246,9 @@ LOCALATTN_INLINE void take_query_ring(QueryRing<V> &ring, const Plan &plan, Aren
     ring.slots = {arena.take<int64_t>(rows), plan.ring0, plan.ring1};
     ring.queries = take_rows<V>(plan, plan.problem->channels, arena);
     ring.grad_outputs = take_rows<V>(plan, plan.problem->value_channels, arena);
-    ring.lse = arena.take<T>(rows * plan.packed);
-    ring.delta = arena.take<T>(rows * plan.packed);
-    ring.output = arena.take<T>(plan.problem->value_channels * plan.packed);
+    ring.lse = arena.take<T>(rows * plan.packed + plan.lead);
+    ring.delta = arena.take<T>(rows * plan.packed + plan.lead);
+    ring.output = arena.take<T>(plan.problem->value_channels * plan.packed + plan.lead);
 }
 
 template <class V>
@@ -382,10 +384,12 @@ struct KeyPassWorker {
         stream.clear();
         const int64_t next = block.row + block.rows;
         if (next >= end || all.end0 != all.begin0 + 1 || problem.heads != problem.kv_heads) return;
+        const int rows_of_a = static_cast<int>(least(plan.block_rows, end - next));
+        const Chunk ahead = reach(plan, {block.row0, next, rows_of_a}, false);
         const auto rows = [&](const Tensor &t, bool of_a, int64_t channels) {
             stream_rows(plan, codec.element_size, t, job.batch, job.head, job.strip, of_a,
-                        of_a ? block.row0 : all.begin0, of_a ? next : all.end,
-                        (of_a ? next : all.end) + plan.block_rows, channels, stream);
+                        of_a ? block.row0 : all.begin0, of_a ? next : all.end, of_a ? next + rows_of_a : ahead.end,
+                        channels, stream);
         };
         rows(problem.query, false, problem.channels);
         rows(problem.grad_output, false, problem.value_channels);

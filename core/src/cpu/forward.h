@@ -187,9 +187,11 @@ struct ForwardWorker {
         stream.clear();
         const int64_t next = block.row + block.rows, kv_head = job.head / (problem.heads / problem.kv_heads);
         if (next >= end || all.end0 != all.begin0 + 1) return;
+        const int rows_of_a = static_cast<int>(least(plan.block_rows, end - next));
+        const Chunk ahead = reach(plan, {block.row0, next, rows_of_a}, true);
         const auto rows = [&](const Tensor &t, bool of_a, int64_t head, int64_t channels) {
             stream_rows(plan, codec.element_size, t, job.batch, head, job.strip, of_a, of_a ? block.row0 : all.begin0,
-                        of_a ? next : all.end, (of_a ? next : all.end) + plan.block_rows, channels, stream);
+                        of_a ? next : all.end, of_a ? next + rows_of_a : ahead.end, channels, stream);
         };
         rows(problem.key, false, kv_head, problem.channels);
         rows(problem.value, false, kv_head, problem.value_channels);

@@ -10,6 +10,12 @@ namespace {
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
+// Channels an odd number of cache lines apart do not fall into the same sets.
+int64_t odd_lines(int64_t elements, int element) {
+    const int64_t line = 64 / element;
+    return (ceil_div(elements, line) | 1) * line;
+}
+
 void take_list(RowList &list, int64_t count, int64_t classes, Arena &arena) {
     list.count = count;
     list.position = arena.take<int64_t>(count);
@@ -135,22 +141,50 @@ int64_t LaneAxis::most_slots(Side a) const {
     return query_period * ((highest - lowest) / key_period + 1);
 }
 
+namespace {
+
+// span_of for one class of rows, an axis without dilation.
+int64_t span_in_class(const Axis &axis, Side a, int64_t block) {
+    int64_t most = 1, last = 0;
+    for (int64_t first = 0; first < axis.queries; ++first) {
+        const Window w = window_of(axis, first);
+        if (w.present_begin >= w.present_end) continue;
+        if (a == Side::query) {
+            for (last = std::min(first + block, axis.queries) - 1; last > first; --last)
+                if (const Window v = window_of(axis, last); v.present_begin < v.present_end) break;
+            const Window v = window_of(axis, last);
+            most = std::max(most, v.start + v.present_end - w.start - w.present_begin);
+        } else if (w.begin < w.end) {
+            // Keys from the last one of this window on.
+            const int64_t end = w.start + w.end - 1 + block;
+            for (last = std::max(last, first); last + 1 < axis.queries; ++last)
+                if (const Window v = window_of(axis, last + 1); v.begin < v.end && v.start + v.begin >= end) break;
+            most = std::max(most, last - first + 1);
+        }
+    }
+    return most;
+}
+
+}  // namespace
+
 int64_t span_of(const Axis &axis, Side a, const RowAxis &rows, int64_t block) {
     const bool from_queries = a == Side::query;
-    const int64_t k = axis.kernel, s = axis.stride;
-    const int64_t longest = from_queries ? rows.longest_key_chain : rows.longest_query_chain;
-    int64_t most;
+    if (axis.dilation == 1) return span_in_class(axis, a, block);
     if (axis.queries == axis.keys) {
-        // The leaders of `block` queries span so many keys; so many leaders reach `block` keys. A border that shifts
-        // windows lets keys be reached from up to k/2 further on either side.
-        most = from_queries ? k + ceil_div(block - 1, s) * s : (k + block - 2) / s * s + s;
-        if (!from_queries && axis.border == Border::shift) most += k / 2 * 2;
-    } else {
-        // Rows of one class step through the other side's at most this fast.
-        const int64_t step = from_queries ? ceil_div(axis.keys, axis.queries) : ceil_div(axis.queries, axis.keys);
-        most = (from_queries ? k + 2 * s : (k + 2 * s) * step) + (block + 1) * step + 1;
-        if (!from_queries && (axis.border == Border::shift || axis.causal)) most += (k + s) * step;
+        // Classes are of two lengths at most.
+        Axis one = axis;
+        one.dilation = 1;
+        one.queries = one.keys = rows.longest_key_chain;
+        const int64_t most = span_in_class(one, a, block);
+        one.queries = one.keys = axis.keys / axis.dilation;
+        return std::max(most, span_in_class(one, a, block));
     }
+    // Rows of one class step through the other side's at most this fast.
+    const int64_t k = axis.kernel, s = axis.stride;
+    const int64_t step = from_queries ? ceil_div(axis.keys, axis.queries) : ceil_div(axis.queries, axis.keys);
+    int64_t most = (from_queries ? k + 2 * s : (k + 2 * s) * step) + (block + 1) * step + 1;
+    if (!from_queries && (axis.border == Border::shift || axis.causal)) most += (k + s) * step;
+    const int64_t longest = from_queries ? rows.longest_key_chain : rows.longest_query_chain;
     return from_queries && axis.border == Border::zero ? most : std::min(most, longest);
 }
 
@@ -193,12 +227,7 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const int64_t channels = problem.channels + problem.value_channels;
     const auto packed_positions = [&](int64_t strip_tiles) {
         const int64_t phase = ceil_div(strip_tiles * plan.lanes + offsets, plan.lanes) * plan.lanes;
-        int64_t all = phase * lane.period(b);
-        // Channels an odd number of cache lines apart do not fall into the same sets.
-        const int64_t line = 64 / plan.element;
-        all = ceil_div(all, line) * line;
-        if (all / line % 2 == 0) all += line;
-        return all;
+        return odd_lines(phase * lane.period(b), plan.element);
     };
     const auto ring_bytes = [&](int64_t strip_tiles) {
         return span0 * span1 * channels * packed_positions(strip_tiles) * plan.element;
@@ -208,8 +237,14 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     plan.strips = ceil_div(tiles, wide);
     plan.strip_tiles = ceil_div(tiles, plan.strips);
     plan.strips = ceil_div(tiles, plan.strip_tiles);
-    plan.packed = packed_positions(plan.strip_tiles);
     plan.phase_stride = ceil_div(plan.strip_tiles * plan.lanes + offsets, plan.lanes) * plan.lanes;
+    if (plan.strips == 1) {
+        // Nothing but zeros on either side: whole registers of them before each phase are also what follows the one
+        // before, and what exists fills as few registers as can be.
+        plan.lead = ceil_div(std::max(plan.lead, trail), plan.lanes) * plan.lanes;
+        plan.phase_stride = plan.lead + plan.strip_tiles * plan.lanes;
+    }
+    plan.packed = odd_lines(plan.phase_stride * lane.period(b), plan.element);
 
     const int64_t row_bytes = channels * plan.packed * plan.element;
     const int64_t score_row_bytes = plan.block_rows * plan.most_slots * plan.lanes * plan.element;

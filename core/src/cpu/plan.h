@@ -160,8 +160,8 @@ struct PlanOptions {
 Plan make_plan(const Problem &, const PlanOptions &, Arena &);
 Job job_of(const Plan &, int64_t index);
 
-// How many rows of B `block` neighbouring rows of one class of A pair with, at most; exact where the extents are equal.
-// Only speed depends on it elsewhere: a block that pairs with more takes them in chunks.
+// How many rows of B `block` neighbouring rows of one class of A pair with, at most; those outside the map count where
+// they stay in the softmax. Exact, except for dilated windows between maps of different extents.
 int64_t span_of(const Axis &, Side a, const RowAxis &, int64_t block);
 // Rows of A per register tile, at most `most`: blocks of equal height, as 14 rows are 5 + 5 + 4, not 6 + 6 + 2.
 int block_rows_of(int64_t longest_chain, int most);

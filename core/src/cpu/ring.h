@@ -123,8 +123,7 @@ template <class V>
 LOCALATTN_INLINE PackedRows<V> take_rows(const Plan &plan, int64_t channels, Arena &arena) {
     using T = typename V::T;
     const ptrdiff_t row = channels * plan.packed;
-    // The microkernels prefetch one row ahead, which is never read.
-    return {arena.take<T>(plan.ring0 * plan.ring1 * row + V::lanes), row};
+    return {arena.take<T>(plan.ring0 * plan.ring1 * row + most(plan.lead, V::lanes)), row};
 }
 
 struct RingSlots {
@@ -156,9 +155,13 @@ LOCALATTN_INLINE void pack_row(const Plan &plan, const Codec<V> &codec, const Te
         const int64_t exist = (lane.extent(b) - phase + period - 1) / period;
         const int64_t to = least(plan.phase_stride, exist - first);
         const int64_t step = tensor.axis[2] * period;
+        const int64_t columns = phase + 1 < period ? plan.phase_stride : plan.packed - phase * plan.phase_stride;
         codec.pack(at(codec, tensor, offset + phase * tensor.axis[2] + first * step), step, tensor.channel, from, to,
-                   plan.phase_stride, channels, factor, out + phase * plan.phase_stride, plan.packed);
+                   columns, channels, factor, out + phase * plan.phase_stride, plan.packed);
     }
+    // What follows the last channel are the next row's first zeros, which need not be there yet.
+    if (plan.strips == 1)
+        for (int64_t x = 0; x < plan.lead; x += V::lanes) V::store(out + channels * plan.packed + x, typename V::reg{});
 }
 
 // One number per position of B's row, `rest` where there is no position.
@@ -191,6 +194,8 @@ LOCALATTN_INLINE void pack_key_mask(const Plan &plan, int64_t offset, int64_t st
             out[phase * plan.phase_stride + x] = outside || attends[position * mask.axis[2]] ? -1 : 0;
         }
     }
+    if (plan.strips == 1)
+        for (int64_t x = lane.key_period * plan.phase_stride; x < plan.packed + plan.lead; ++x) out[x] = -1;
 }
 // Masked positions of a packed row become zeros, so that whatever they held reaches no sum.
 template <class V>
@@ -251,7 +256,7 @@ LOCALATTN_INLINE void take_key_ring(KeyRing<V> &ring, const Plan &plan, Arena &a
     ring.slots = {arena.take<int64_t>(rows), plan.ring0, plan.ring1};
     ring.keys = take_rows<V>(plan, problem.channels, arena);
     ring.values = take_rows<V>(plan, problem.value_channels, arena);
-    ring.key_mask = problem.key_mask.data ? arena.take<typename V::Mask>(rows * plan.packed) : nullptr;
+    ring.key_mask = problem.key_mask.data ? arena.take<typename V::Mask>(rows * plan.packed + plan.lead) : nullptr;
     ring.packed = plan.packed;
 }
 

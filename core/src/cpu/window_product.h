@@ -379,7 +379,8 @@ struct TransposedWorker : ProductWorker<V> {
     }
     LOCALATTN_INLINE void take(TransposedWorker &w, Arena &arena) {
         const Plan &plan = w.plan;
-        Base::take_shared(w, plan.ring0 * plan.ring1 * most_entries(plan) * plan.packed + V::lanes, arena);
+        Base::take_shared(w, plan.ring0 * plan.ring1 * most_entries(plan) * plan.packed + most(plan.lead, V::lanes),
+                          arena);
         w.tag = arena.take<int64_t>(plan.ring0 * plan.ring1);
     }
 
