@@ -100,6 +100,23 @@ void add_sizes(List &list) {
     list.add_borders("video, causal in time", c);
 }
 
+// Too wide for one strip of columns, with phases on either side. Single precision: they take long.
+void add_wide(List &list) {
+    Config c = image(3, 1000, 3, 3);
+    set_channels(c, 64, 64);
+    c.key_extent[1] = 1500;
+    list.all.push_back({"wide, two queries to three keys", c});
+    c.query_extent[1] = 750;
+    c.border = LOCALATTN_BORDER_SHIFT;
+    list.all.push_back({"wide, coarser queries", c});
+    c.query_extent[1] = 1500;
+    c.stride[1] = 3;
+    list.all.push_back({"wide, with stride", c});
+    c.stride[1] = 1;
+    c.dilation[1] = 3;
+    list.all.push_back({"wide, dilated", c});
+}
+
 void add_windows(List &list) {
     for (const int64_t stride : {2, 3, 5}) {
         Config c = image(7, 19, 5, 5);
@@ -206,6 +223,7 @@ void add_empty(List &list) {
 int main() {
     List list;
     add_sizes(list);
+    add_wide(list);
     add_windows(list);
     add_heads_and_biases(list);
     add_empty(list);

@@ -5,8 +5,7 @@
 //
 // The query pass walks keys for tiles of queries (A = query); the key pass walks queries for tiles of keys (A = key)
 // over the transposed window. Each gradient is finished in one place: no atomics, no halo to add up, one rounding.
-// Work a pair: 3 contractions and 4. joint_backward.h needs 5 in all, where queries and keys share one map; these
-// passes are for everything else.
+// Work a pair: 3 contractions and 4. joint_backward.h needs 5 in all; these passes are for what it does not take.
 #pragma once
 #include "scores.h"
 
@@ -139,7 +138,7 @@ struct QueryPassWorker {
         const auto lse_of = [&](int r) { return V::load(lse + r * V::lanes); };
         const auto delta_of = [&](int r) { return V::load(delta + r * V::lanes); };
         differentiate_queries<V>(plan, codec, ring, bias_gradients, job, block, tile, chunk, lse_of, delta_of, s, dp,
-                                 s_row, [](int, int64_t, bool, const Mask *, T *, const T *) {});
+                                 s_row, [](int, int64_t, bool, const Mask *, T *, T *) {});
     }
 
     void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {

@@ -38,7 +38,8 @@ struct JointWorker {
 
     JointWorker(const JointPlan &p, const Codec<V> &c) : plan(p), by_query(p.by_query), problem(*p.problem), codec(c) {}
 
-    int64_t tiles_of_strip() const { return plan.strip_tiles * plan.lane_axis.key_period; }
+    int64_t key_tiles_of_strip() const { return plan.strip_tiles * plan.lane_axis.key_period; }
+    int64_t query_tiles_of_strip() const { return plan.strip_tiles * plan.lane_axis.query_period; }
     int64_t pair_step() const { return plan.planes * plan.plane_columns; }
     bool wants_keys() const { return problem.grad_key.data || problem.grad_value.data; }
     bool wants_queries() const { return problem.grad_query.data || bias_gradients.any(); }
@@ -56,7 +57,7 @@ struct JointWorker {
         w.query_tiles = take_tiles(w.by_query, arena);
         take_key_ring(w.keys, w.by_query, arena);
         take_query_ring(w.ring, plan, arena);
-        w.grad_q_row = padded(w.tiles_of_strip() * w.problem.channels * V::lanes, sizeof(T));
+        w.grad_q_row = padded(w.query_tiles_of_strip() * w.problem.channels * V::lanes, sizeof(T));
         w.grad_q = arena.take<T>(plan.ring0 * plan.ring1 * w.grad_q_row);
         w.s_row = padded(plan.block_rows * w.by_query.most_slots * V::lanes, sizeof(T));
         w.s = arena.take<T>(plan.block_rows * w.s_row);
@@ -65,58 +66,83 @@ struct JointWorker {
         w.ds_plane = arena.take<T>(w.plane_elements());
         w.k_row = padded(w.problem.channels * V::lanes, sizeof(T));
         w.v_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
-        w.grad_k = arena.take<T>(w.tiles_of_strip() * plan.block_rows * w.k_row);
-        w.grad_v = arena.take<T>(w.tiles_of_strip() * plan.block_rows * w.v_row);
+        w.grad_k = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.k_row);
+        w.grad_v = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.v_row);
     }
     int64_t plane_elements() const { return plan.block_rows * plan.block_rows * pair_step(); }
 
     // The rows that a job owns.
-    struct Owned {
+    struct Rows {
         int64_t begin, end;
         bool has(int64_t row) const { return row >= begin && row < end; }
     };
+    struct Owned {
+        Rows keys, queries;
+    };
+    Owned owned_by(const Job &job) const {
+        const Rows keys{plan.segment[job.segment], plan.segment[job.segment + 1]};
+        Rows queries{0, 0};
+        while (queries.begin < plan.axis1.query.count && plan.axis1.centre[queries.begin] < keys.begin) ++queries.begin;
+        queries.end = queries.begin;
+        while (queries.end < plan.axis1.query.count && plan.axis1.centre[queries.end] < keys.end) ++queries.end;
+        return {keys, queries};
+    }
 
-    // A query tile's lanes among the packed queries, and a tile's among the planes' columns.
+    // A query tile's lanes among the packed queries.
     int64_t query_column(const Job &job, const LaneTile &tile) const {
         return tile.phase * plan.phase_stride + tile.lane - first_packed_lane(plan, job.strip);
     }
-    int64_t plane_column(const Job &job, const LaneTile &tile) const {
-        return tile.phase * plan.plane_phase + V::lanes + tile.lane - job.strip * plan.strip_lanes();
+    // A tile's lanes among those of a plane's phase.
+    int64_t plane_lane(const Job &job, const LaneTile &tile) const {
+        return V::lanes + tile.lane - job.strip * plan.strip_lanes();
     }
 
     // A row of pairs to the planes, by key lane.
-    void write_planes(const LaneTile &tile, int64_t column, const T *p, const T *ds, int64_t pair) {
+    void write_planes(const LaneTile &tile, int64_t lane, const T *p, const T *ds, int64_t pair) {
         const LanePattern &pattern = *tile.pattern;
-        // Plane 0 is of the key furthest on from the query.
-        const int64_t first = tile.phase * by_query.phase_stride;
         const uint64_t beyond = static_cast<uint64_t>(plan.plane_phase - V::lanes);
-        const int64_t in_phase = column - tile.phase * plan.plane_phase;
-        for (int i = 0; i < pattern.slots; ++i) {
-            const int64_t offset = pattern.column[i] - first;
-            // Nothing reads what lies wholly outside the strip.
-            if (static_cast<uint64_t>(in_phase + offset - 1) >= beyond - 1) continue;
-            const int64_t plane = -offset - plan.lane_axis.lowest_offset(Side::key);
-            const int64_t at = pair * pair_step() + plane * plan.plane_columns + column + offset;
-            V::store(p_plane + at, V::load(p + i * V::lanes));
-            V::store(ds_plane + at, V::load(ds + i * V::lanes));
+        for (int i = 0; i < pattern.runs; ++i) {
+            const LaneRun &run = pattern.run[i];
+            const int64_t plane = tile.phase * plan.offsets - run.offset - plan.lowest;
+            const int64_t first = lane + run.offset;
+            const int64_t at = pair * pair_step() + plane * plan.plane_columns + run.phase * plan.plane_phase + first;
+            for (int64_t j = 0; j < run.count; ++j) {
+                // Nothing reads what lies wholly outside the strip.
+                if (static_cast<uint64_t>(first + j - 1) >= beyond - 1) continue;
+                const int64_t from = (run.slot + j) * V::lanes, to = at - j * (plan.plane_columns - 1);
+                V::store(p_plane + to, V::load(p + from));
+                V::store(ds_plane + to, V::load(ds + from));
+            }
         }
+    }
+
+    // Queries that do not exist give nothing to a key that nobody sees, whatever it holds.
+    void clear_beyond(const LaneTile &tile, T *p) const {
+        if (plan.sees_all_keys || tile.count == V::lanes) return;
+        for (int i = 0; i < tile.pattern->slots; ++i)
+            for (int l = tile.count; l < V::lanes; ++l) p[i * V::lanes + l] = 0;
     }
 
     void differentiate_tile(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk,
                             bool to_planes, bool owned) {
-        const int64_t at = query_column(job, tile), column = plane_column(job, tile);
+        const int64_t at = query_column(job, tile), lane = plane_lane(job, tile);
         const auto load = [&](const T *numbers, int r) {
             return V::load(numbers + ring.slots.of(block.row0, block.row + r) * plan.packed + at);
         };
         differentiate_queries<V>(
             by_query, codec, keys, owned ? bias_gradients : BiasGradients{}, job, block, tile, chunk,
             [&](int r) { return load(ring.lse, r); }, [&](int r) { return load(ring.delta, r); }, s, dp, s_row,
-            [&](int r, int64_t b, bool partial, const Mask *key_mask, T *p, const T *ds) {
+            [&](int r, int64_t b, bool partial, const Mask *key_mask, T *p, T *ds) {
                 if (!to_planes) return;
                 mask_scores<V>(tile, partial, key_mask, reg{}, p);
-                write_planes(tile, column, p, ds, (b - chunk.begin) * plan.block_rows + r);
+                clear_beyond(tile, p);
+                clear_beyond(tile, ds);
+                write_planes(tile, lane, p, ds, (b - chunk.begin) * plan.block_rows + r);
             });
     }
+
+    // Which of its phase's tiles of the strip a query tile is; those of the halo lie outside.
+    int64_t in_strip(int64_t i) const { return i % (plan.strip_tiles + 2 * by_query.halo_tiles) - by_query.halo_tiles; }
 
     // Queries of one block against a block of keys.
     void run_queries(const Job &job, const Block &block, const Chunk &chunk, bool owns_keys, bool owns_queries) {
@@ -124,8 +150,8 @@ struct JointWorker {
         for (int64_t i = 0; i < tiles_in_strip(by_query); ++i) {
             const LaneTile &tile = query_tiles[i];
             if (tile.count == 0) continue;
-            const int64_t in_strip = i % (plan.strip_tiles + 2 * by_query.halo_tiles) - by_query.halo_tiles;
-            const bool owned = wants_queries() && owns_queries && in_strip >= 0 && in_strip < plan.strip_tiles;
+            const int64_t in = in_strip(i);
+            const bool owned = wants_queries() && owns_queries && in >= 0 && in < plan.strip_tiles;
             const bool to_planes = owns_keys && wants_keys();
             if (!owned && !to_planes) continue;
             const int64_t at = query_column(job, tile);
@@ -137,24 +163,33 @@ struct JointWorker {
                            stream);
             differentiate_tile(job, block, tile, chunk, to_planes, owned);
             if (owned && problem.grad_query.data) {
-                T *sum = grad_q + slot * grad_q_row +
-                         (tile.phase * plan.strip_tiles + in_strip) * problem.channels * V::lanes;
+                T *sum =
+                    grad_q + slot * grad_q_row + (tile.phase * plan.strip_tiles + in) * problem.channels * V::lanes;
                 weigh_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, problem.channels,
-                               dense_weights<V>(tile, dp, s_row), sum, grad_q_row);
+                               dense_weights<V>(tile, dp, s_row), sum, grad_q_row, true);
             }
         }
     }
 
-    int64_t offset(const Tensor &t, const Job &job, int64_t row0, int64_t row, const LaneTile &tile) const {
-        return job.batch * t.batch + job.head * t.head + plan.axis0.key.position[row0] * t.axis[0] +
-               plan.axis1.key.position[row] * t.axis[1] +
-               (tile.phase + plan.lane_axis.key_period * tile.lane) * t.axis[2];
+    void store(const Tensor &t, const Job &job, int64_t row0, int64_t row, Side side, const LaneTile &tile,
+               int64_t channels, T factor, const T *sum) const {
+        const RowList &rows0 = side == Side::query ? plan.axis0.query : plan.axis0.key;
+        const RowList &rows1 = side == Side::query ? plan.axis1.query : plan.axis1.key;
+        const int64_t step = plan.lane_axis.period(side) * t.axis[2];
+        const int64_t offset = job.batch * t.batch + job.head * t.head + rows0.position[row0] * t.axis[0] +
+                               rows1.position[row] * t.axis[1] + tile.phase * t.axis[2] + tile.lane * step;
+        codec.unpack(sum, tile.count, channels, V::all(factor), at(codec, t, offset), step, t.channel);
     }
 
-    void store(const Tensor &t, const Job &job, int64_t row0, int64_t row, const LaneTile &tile, int64_t channels,
-               T factor, const T *sum) const {
-        codec.unpack(sum, tile.count, channels, V::all(factor), at(codec, t, offset(t, job, row0, row, tile)),
-                     t.axis[2] * plan.lane_axis.key_period, t.channel);
+    // The gradients of one row of queries, summed as [tile of the strip][channel][lane].
+    void store_queries(const Job &job, int64_t q0, int64_t q, const T *sum) const {
+        for (int64_t i = 0; i < tiles_in_strip(by_query); ++i) {
+            const LaneTile &tile = query_tiles[i];
+            const int64_t at = in_strip(i);
+            if (tile.count == 0 || at < 0 || at >= plan.strip_tiles) continue;
+            store(problem.grad_query, job, q0, q, Side::query, tile, problem.channels, T(problem.scale),
+                  sum + (tile.phase * plan.strip_tiles + at) * problem.channels * V::lanes);
+        }
     }
 
     // One of the gradients of a block of keys, summed as [tile][key row][channel][lane].
@@ -179,24 +214,25 @@ struct JointWorker {
 
     // Adds what one block of queries gives to the gradients of a block of keys, from the planes.
     void run_keys(const Job &job, const Block &block, const Chunk &queries) {
-        for (int64_t i = 0; i < tiles_of_strip(); ++i) {
+        for (int64_t i = 0; i < key_tiles_of_strip(); ++i) {
             const LaneTile &tile = key_tiles[i];
             if (tile.count == 0) continue;
             each_key_gradient(*this, [&](const KeyGradient &g) {
-                const TileWeights<V> weights{g.planes + plane_column(job, tile),
+                const TileWeights<V> weights{g.planes + tile.phase * plan.plane_phase + plane_lane(job, tile),
                                              static_cast<ptrdiff_t>(plan.block_rows * pair_step()),
                                              static_cast<ptrdiff_t>(pair_step()),
                                              static_cast<ptrdiff_t>(plan.plane_columns),
                                              true,
-                                             tile.phase * plan.phase_stride + plan.lane_axis.lowest_offset(Side::key)};
+                                             plan.offsets,
+                                             plan.lowest};
                 weigh_chunk<V>(plan, block, tile, queries, ring.slots, g.queries, g.channels, weights,
-                               g.sum + i * plan.block_rows * g.row, g.row);
+                               g.sum + i * plan.block_rows * g.row, g.row, true);
             });
         }
     }
 
     void store_keys(const Job &job, const Block &block) {
-        for (int64_t i = 0; i < tiles_of_strip(); ++i) {
+        for (int64_t i = 0; i < key_tiles_of_strip(); ++i) {
             const LaneTile &tile = key_tiles[i];
             if (tile.count == 0) continue;
             const int64_t column =
@@ -211,7 +247,7 @@ struct JointWorker {
                         for (int64_t c = 0; c < g.channels * V::lanes; c += V::lanes)
                             V::store(sum + c, V::keep(V::load_mask(mask), V::load(sum + c)));
                     }
-                    store(g.result, job, block.row0, block.row + r, tile, g.channels, g.factor, sum);
+                    store(g.result, job, block.row0, block.row + r, Side::key, tile, g.channels, g.factor, sum);
                 }
             });
         }
@@ -219,13 +255,14 @@ struct JointWorker {
 
     // The query rows that a job needs for a block of keys: all that pair, or only its own.
     Chunk queries_of(const Block &keys_block, const Owned &owned) const {
-        if (owned.has(keys_block.row) && wants_keys()) return reach(plan, keys_block, false);
+        if (owned.keys.has(keys_block.row) && wants_keys()) return reach(plan, keys_block, false);
         const RowList &planes = plan.rows0();
-        Chunk own{planes.begin[keys_block.row0], planes.end[keys_block.row0], owned.end, owned.end};
-        for (int64_t q = owned.end; q-- > owned.begin;)
+        const Rows &rows = owned.queries;
+        Chunk own{planes.begin[keys_block.row0], planes.end[keys_block.row0], rows.end, rows.end};
+        for (int64_t q = rows.end; q-- > rows.begin;)
             if (first_key(q) < keys_block.row + keys_block.rows && last_key(q) > keys_block.row) own.begin = q;
         own.end = own.begin;
-        while (own.end < owned.end && first_key(own.end) < keys_block.row + keys_block.rows) ++own.end;
+        while (own.end < rows.end && first_key(own.end) < keys_block.row + keys_block.rows) ++own.end;
         return own;
     }
 
@@ -234,7 +271,8 @@ struct JointWorker {
     void each_owned(const Chunk &queries, const Owned &owned, const Body &body) const {
         if (!problem.grad_query.data) return;
         for (int64_t q0 = queries.begin0; q0 < queries.end0; ++q0)
-            for (int64_t q = most(queries.begin, owned.begin); q < least(queries.end, owned.end); ++q) body(q0, q);
+            for (int64_t q = most(queries.begin, owned.queries.begin); q < least(queries.end, owned.queries.end); ++q)
+                body(q0, q);
     }
 
     void announce(const Job &job, const Block &block, const Chunk &queries) {
@@ -255,7 +293,7 @@ struct JointWorker {
     void run_block(const Job &job, const Block &block, const Owned &owned) {
         const int64_t row0 = block.row0, end = block.row + block.rows;
         const Chunk chunk{row0, row0 + 1, block.row, end};
-        const bool owns_keys = owned.has(block.row);
+        const bool owns_keys = owned.keys.has(block.row);
         const Chunk queries = queries_of(block, owned);
         announce(job, block, queries);
         keys.pack(by_query, codec, job.batch, job.head, job.strip, chunk);
@@ -269,7 +307,7 @@ struct JointWorker {
         });
         if (owns_keys) {
             each_key_gradient(*this, [&](const KeyGradient &g) {
-                for (int64_t i = 0; i < tiles_of_strip() * plan.block_rows * g.row; i += V::lanes)
+                for (int64_t i = 0; i < key_tiles_of_strip() * plan.block_rows * g.row; i += V::lanes)
                     V::store(g.sum + i, reg{});
             });
         }
@@ -277,9 +315,9 @@ struct JointWorker {
             for (int64_t q = queries.begin; q < queries.end;) {
                 // In one piece in the ring, and owned as a whole or not at all.
                 int64_t next = least(queries.end, (q / plan.block_rows + 1) * plan.block_rows);
-                if (q < owned.begin) next = least(next, owned.begin);
-                if (q < owned.end) next = least(next, owned.end);
-                run_queries(job, {q0, q, static_cast<int>(next - q)}, chunk, owns_keys, owned.has(q));
+                if (q < owned.queries.begin) next = least(next, owned.queries.begin);
+                if (q < owned.queries.end) next = least(next, owned.queries.end);
+                run_queries(job, {q0, q, static_cast<int>(next - q)}, chunk, owns_keys, owned.queries.has(q));
                 if (owns_keys) run_keys(job, block, {q0, q0 + 1, q, next});
                 q = next;
             }
@@ -287,11 +325,21 @@ struct JointWorker {
         if (owns_keys) store_keys(job, block);
         each_owned(queries, owned, [&](int64_t q0, int64_t q) {
             const bool ends = by_query.axis0.query.end[q0] == row0 + 1 && last_key(q) > block.row && last_key(q) <= end;
-            for (int64_t i = 0; ends && i < tiles_of_strip(); ++i)
-                if (key_tiles[i].count > 0)
-                    store(problem.grad_query, job, q0, q, key_tiles[i], problem.channels, T(problem.scale),
-                          grad_q + ring.slots.of(q0, q) * grad_q_row + i * problem.channels * V::lanes);
+            if (ends) store_queries(job, q0, q, grad_q + ring.slots.of(q0, q) * grad_q_row);
         });
+    }
+
+    // The gradients of queries that no row of keys pairs with, as strided windows may lie outside the map.
+    void store_unpaired(const Job &job, const Owned &owned) {
+        if (!problem.grad_query.data) return;
+        for (int64_t i = 0; i < grad_q_row; i += V::lanes) V::store(grad_q + i, reg{});
+        const RowList &planes = plan.axis0.query, &rows = plan.axis1.query;
+        for (int64_t q0 = 0; q0 < planes.count; ++q0) {
+            if (plan.axis0.centre[q0] < job.row0_begin || plan.axis0.centre[q0] >= job.row0_end) continue;
+            const bool none = planes.begin[q0] >= planes.end[q0];
+            for (int64_t q = owned.queries.begin; q < owned.queries.end; ++q)
+                if (none || rows.begin[q] >= rows.end[q]) store_queries(job, q0, q, grad_q);
+        }
     }
 
     void run(const Job &job) {
@@ -307,9 +355,11 @@ struct JointWorker {
             V::store(p_plane + i, reg{});
             V::store(ds_plane + i, reg{});
         }
-        const Owned owned{plan.segment[job.segment], plan.segment[job.segment + 1]};
-        int64_t first = owned.begin, last = owned.end;
-        for (int64_t q = owned.begin; wants_queries() && q < owned.end; ++q) {
+        const Owned owned = owned_by(job);
+        store_unpaired(job, owned);
+        int64_t first = owned.keys.begin, last = owned.keys.end;
+        for (int64_t q = owned.queries.begin; wants_queries() && q < owned.queries.end; ++q) {
+            if (first_key(q) >= last_key(q)) continue;
             first = least(first, first_key(q));
             last = most(last, last_key(q));
         }
@@ -318,9 +368,9 @@ struct JointWorker {
                 for (int64_t row = begin; row < end; row += plan.block_rows)
                     run_block(job, {row0, row, static_cast<int>(least(plan.block_rows, end - row))}, owned);
             };
-            blocks(first, owned.begin);
-            blocks(owned.begin, owned.end);
-            blocks(owned.end, last);
+            blocks(first, owned.keys.begin);
+            blocks(owned.keys.begin, owned.keys.end);
+            blocks(owned.keys.end, last);
         }
     }
 };

@@ -19,9 +19,9 @@ int64_t odd_lines(int64_t elements, int element) {
 }
 
 struct Shape {
-    int64_t tiles;    // along the whole axis
-    int64_t reached;  // tiles on either side that a tile pairs with
-    int64_t planes;
+    int64_t tiles;        // along the whole axis
+    int64_t reached;      // tiles on either side that a tile pairs with
+    int64_t offsets;      // of query lanes from key lanes
     int64_t block;        // rows of keys at once
     int64_t ring0, ring;  // rows of queries held, along axes 0 and 1
     int64_t wide;         // tiles of a strip
@@ -29,15 +29,17 @@ struct Shape {
 };
 
 int64_t job_bytes(const Problem &problem, const PlanOptions &options, const LaneAxis &lane, const Shape &s) {
-    const int64_t phases = lane.key_period, channels = problem.channels + problem.value_channels;
-    const auto packed = [&](int64_t margin) {
+    const int64_t channels = problem.channels + problem.value_channels;
+    const auto packed = [&](int64_t margin, int64_t phases) {
         return odd_lines((s.wide * options.lanes + 2 * margin) * phases, options.element);
     };
-    const int64_t own = s.wide * options.lanes * phases;
-    const int64_t queries = s.ring0 * s.ring * (channels * packed(s.reached * options.lanes) + problem.channels * own);
-    const int64_t keys = s.block * channels * packed(s.reached * options.lanes);
-    const int64_t sums = s.block * channels * own;
-    const int64_t weights = 2 * s.block * s.block * s.planes * packed(options.lanes);
+    const int64_t reached = s.reached * options.lanes, own = s.wide * options.lanes;
+    const int64_t queries =
+        s.ring0 * s.ring * (channels * packed(reached, lane.query_period) + problem.channels * own * lane.query_period);
+    const int64_t keys = s.block * channels * packed(reached, lane.key_period);
+    const int64_t sums = s.block * channels * own * lane.key_period;
+    const int64_t weights =
+        2 * s.block * s.block * lane.query_period * s.offsets * packed(options.lanes, lane.key_period);
     return (queries + keys + sums + weights) * options.element;
 }
 
@@ -50,9 +52,9 @@ Shape shape_of(const Problem &problem, const PlanOptions &options, const LaneAxi
     Shape s;
     s.tiles = ceil_div(lane.lanes(Side::key), options.lanes);
     s.reached = ceil_div(std::max(-low, high), options.lanes);
-    s.planes = high - low + 1;
+    s.offsets = high - low + 1;
     s.block = block_rows_of(rows.longest_key_chain, options.block_rows);
-    s.ring0 = sweeps ? span_of(problem.axis[0], Side::key, planes, 1) : 1;
+    s.ring0 = span_of(problem.axis[0], Side::key, planes, 1);
     s.wide = 1;
     s.sweep_rows = s.block;
     // A multiple of the block, so that a block of query rows is in one piece.
@@ -77,16 +79,22 @@ Shape shape_of(const Problem &problem, const PlanOptions &options, const LaneAxi
     return s;
 }
 
+// Each query at a key of its own, which it sees.
+bool shares_map(const Axis &axis) { return axis.queries == axis.keys && axis.stride == 1; }
+
 }  // namespace
 
 bool joint_takes(const Problem &problem, PlanOptions options) {
     if (problem.heads != problem.kv_heads) return false;
     for (const Axis &axis : problem.axis)
-        if (axis.queries != axis.keys || axis.stride != 1 || axis.keys == 0) return false;
-    // The planes outside the map, of which a bias would have a gradient, are not swept.
-    if (problem.axis[0].kernel > 1 && problem.has_bias()) return false;
+        if (axis.queries == 0 || axis.keys == 0) return false;
+    const Axis &planes = problem.axis[0];
+    // Planes outside the map, of which a bias would have a gradient, are not walked.
+    if (problem.has_bias() && (planes.kernel > 1 || !shares_map(planes))) return false;
+    // Where jobs sweep planes, the ring holds no query rows but those that pair with the job's keys: all that it owns
+    // must be among them.
+    if (planes.kernel > 1 && planes.keys > 1 && !shares_map(problem.axis[1])) return false;
     const LaneAxis lane = make_lane_axis(problem.axis[2]);
-    if (lane.key_period != lane.query_period) return false;
     return job_bytes(problem, options, lane, shape_of(problem, options, lane)) <= most_bytes;
 }
 
@@ -113,9 +121,13 @@ JointPlan make_joint_plan(const Problem &problem, PlanOptions options, Arena &ar
     static_cast<Plan &>(plan) = make_plan(problem, options, arena);
     plan.ring0 = s.ring0;
     plan.ring1 = s.ring;
-    plan.planes = s.planes;
+    plan.offsets = s.offsets;
+    plan.lowest = lane.lowest_offset(Side::key);
+    plan.planes = lane.query_period * s.offsets;
     plan.plane_phase = (s.wide + 2) * options.lanes;
     plan.plane_columns = odd_lines(plan.plane_phase * lane.key_period, options.element);
+    plan.sees_all_keys = true;
+    for (const Axis &axis : problem.axis) plan.sees_all_keys &= shares_map(axis);
     return plan;
 }
 

@@ -387,10 +387,10 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
     pattern.column[pattern.slots] = column;
     pattern.query[pattern.slots] = a == Side::query ? tile.phase : lane.query_period * offset + b_phase;
     LaneRun *last = pattern.runs > 0 ? &pattern.run[pattern.runs - 1] : nullptr;
-    if (last && last->column + last->count == column && offset > lane.lowest_offset(a))
+    if (last && last->phase == b_phase && last->offset + last->count == offset)
         ++last->count;
     else
-        pattern.run[pattern.runs++] = {pattern.slots, 1, column};
+        pattern.run[pattern.runs++] = {pattern.slots, 1, b_phase, offset, column};
     ++pattern.slots;
     pattern.masks_scores |= lacks;
     pattern.masks_values |= lacks_real;

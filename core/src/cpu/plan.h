@@ -77,7 +77,8 @@ LaneAxis make_lane_axis(const Axis &);
 // Slots at consecutive packed positions.
 struct LaneRun {
     int32_t slot, count;
-    int64_t column;  // of the first slot, as below
+    int64_t phase, offset;  // of B, and B lane - A lane, of the first slot
+    int64_t column;         // of the first slot, as below
 };
 
 // How the lanes of a tile pair with B. Tiles away from the borders share one pattern per phase.

@@ -51,15 +51,15 @@ struct TileRows {
 };
 
 // The weights of a tile, [row of A][row of B][entry], each element a register of lanes: by slot of the tile's pattern,
-// or, where tiles share an array, by packed column of B, of which `first` comes first.
+// or, where tiles share an array, by phase of B and offset between the lanes.
 template <class V>
 struct TileWeights {
     const typename V::T *data;
     ptrdiff_t row, b_row, entry = V::lanes;
-    bool by_column = false;
-    int64_t first = 0;
+    bool by_offset = false;
+    int64_t offsets = 0, lowest = 0;  // how many to a phase, and the first of them
     const typename V::T *of(const LaneRun &run) const {
-        return data + (by_column ? run.column - first : run.slot) * entry;
+        return data + (by_offset ? run.phase * offsets + run.offset - lowest : run.slot) * entry;
     }
 };
 
@@ -93,11 +93,12 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
 }
 
 // o[row] += p . b over the paired rows of the chunk. Neighbouring rows of B with the same pairs go together, as many as
-// leave their weights in the L1 cache.
+// leave their weights in the L1 cache. With same_order the order of a sum does not depend on the block's other rows:
+// where there are several runs, rows of B go one by one.
 template <class V>
 LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedRows<V> &rows, int64_t channels,
-                                  const TileWeights<V> &p, typename V::T *o, ptrdiff_t o_row) {
+                                  const TileWeights<V> &p, typename V::T *o, ptrdiff_t o_row, bool same_order = false) {
     using Mask = typename V::Mask;
     const LanePattern &pattern = *tile.pattern;
     if (pattern.slots == 0) return;
@@ -109,7 +110,8 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
         for (int64_t b = chunk.begin; b < chunk.end;) {
             const PairedRows paired = paired_rows(plan, block, b0, b);
             const bool partial = paired.partial_begin < paired.partial_end;
-            const int64_t together = most(1, l1 / (most(1, paired.end - paired.begin) * cell));
+            const int64_t together =
+                same_order && pattern.runs > 1 ? 1 : most(1, l1 / (most(1, paired.end - paired.begin) * cell));
             int64_t last = b + 1;
             while (!partial && last < chunk.end && last - b < together && last % slots.ring1 != 0) {
                 const PairedRows next = paired_rows(plan, block, b0, last);
