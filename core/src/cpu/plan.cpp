@@ -304,29 +304,6 @@ Job job_of(const Plan &plan, int64_t index) {
     return job;
 }
 
-LaneTile *take_tiles(const Plan &plan, Arena &arena) {
-    const int64_t tiles = tiles_in_strip(plan);
-    LaneTile *all = arena.take<LaneTile>(tiles);
-    const int64_t slots = plan.most_slots + 1;  // one that is written before it proves empty
-    const int64_t cells = slots * plan.lanes;
-    for (int64_t i = 0; i < tiles; ++i) {
-        LanePattern own{};
-        own.run = arena.take<LaneRun>(slots);
-        own.column = arena.take<int64_t>(slots);
-        own.query = arena.take<int64_t>(slots);
-        own.relative = arena.take<int32_t>(slots);
-        own.shared = arena.take<int32_t>(slots);
-        own.entry = arena.take<int32_t>(cells);
-        own.mask = arena.take<char>(cells * plan.element);
-        own.raster_mask = plan.problem->raster ? arena.take<char>(cells * plan.element) : nullptr;
-        if (!arena.counting()) {
-            all[i] = LaneTile{};
-            all[i].own = own;
-        }
-    }
-    return all;
-}
-
 int64_t first_packed_lane(const Plan &plan, int64_t strip) { return strip * plan.strip_lanes() - plan.lead; }
 
 namespace {
@@ -396,39 +373,90 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
     pattern.masks_values |= lacks_real;
 }
 
-// Whether no border touches any pair of the tile's lanes.
-bool is_inner(const LaneAxis &lane, Side a, int lanes, const LaneTile &tile) {
-    const int64_t low = a == Side::query ? 0 : lane.lowest_offset(a);
-    const int64_t high = a == Side::query ? 0 : lane.highest_offset(a);
-    return tile.count == lanes && lane.query_period * (tile.lane + low) >= lane.inner_begin &&
-           lane.query_period * (tile.lane + lanes + high) <= lane.inner_end;
+// Tile `i` of a phase's in a strip, without its pattern.
+LaneTile tile_at(const Plan &plan, int64_t strip, int64_t phase, int64_t i) {
+    const LaneAxis &lane = plan.lane_axis;
+    LaneTile tile{};
+    tile.phase = phase;
+    tile.lane = strip * plan.strip_lanes() + i * plan.lanes;
+    tile.column = tile.lane - first_packed_lane(plan, strip);
+    tile.query = lane.query_period * tile.lane;
+    const int64_t period = lane.period(plan.a);
+    const int64_t existing = (lane.extent(plan.a) - phase + period - 1) / period - tile.lane;
+    tile.count = tile.lane < 0 ? 0 : static_cast<int32_t>(std::clamp<int64_t>(existing, 0, plan.lanes));
+    return tile;
+}
+
+// Whether the tile has the pattern that all tiles of a phase have whose pairs no border touches.
+bool is_inner(const Plan &plan, int64_t strip, int64_t phase, int64_t i) {
+    if (i < 0 || i >= plan.strip_tiles) return false;
+    const LaneTile tile = tile_at(plan, strip, phase, i);
+    const LaneAxis &lane = plan.lane_axis;
+    const int64_t low = plan.a == Side::query ? 0 : lane.lowest_offset(plan.a);
+    const int64_t high = plan.a == Side::query ? 0 : lane.highest_offset(plan.a);
+    return tile.count == plan.lanes && lane.query_period * (tile.lane + low) >= lane.inner_begin &&
+           lane.query_period * (tile.lane + plan.lanes + high) <= lane.inner_end;
+}
+
+// Whether the tile before it has the same pattern.
+bool borrows(const Plan &plan, int64_t strip, int64_t phase, int64_t i) {
+    return is_inner(plan, strip, phase, i) && is_inner(plan, strip, phase, i - 1);
 }
 
 }  // namespace
 
+LaneTile *take_tiles(const Plan &plan, Arena &arena) {
+    const int64_t tiles = tiles_in_strip(plan), of_phase = plan.strip_tiles + 2 * plan.halo_tiles;
+    LaneTile *all = arena.take<LaneTile>(tiles);
+    const int64_t slots = plan.most_slots + 1;  // one that is written before it proves empty
+    const int64_t cells = slots * plan.lanes;
+    // Strips that no border touches, up to this one at least, are all alike.
+    const LaneAxis &lane = plan.lane_axis;
+    const int64_t last_alike =
+        (lane.inner_end / lane.query_period - lane.highest_offset(plan.a)) / plan.strip_lanes() - 2;
+    for (int64_t index = 0; index < tiles; ++index) {
+        const int64_t phase = index / of_phase, i = index % of_phase - plan.halo_tiles;
+        LanePattern own{};
+        bool needed = false;
+        for (int64_t strip = 0; strip < plan.strips && !needed; ++strip) {
+            needed = tile_at(plan, strip, phase, i).count > 0 && !borrows(plan, strip, phase, i);
+            if (is_inner(plan, strip, phase, 0) && is_inner(plan, strip, phase, plan.strip_tiles - 1))
+                strip = std::max(strip, last_alike);
+        }
+        if (needed) {
+            own.run = arena.take<LaneRun>(slots);
+            own.column = arena.take<int64_t>(slots);
+            own.query = arena.take<int64_t>(slots);
+            own.relative = arena.take<int32_t>(slots);
+            own.shared = arena.take<int32_t>(slots);
+            own.entry = arena.take<int32_t>(cells);
+            own.mask = arena.take<char>(cells * plan.element);
+            own.raster_mask = plan.problem->raster ? arena.take<char>(cells * plan.element) : nullptr;
+        }
+        if (!arena.counting()) {
+            all[index] = LaneTile{};
+            all[index].own = own;
+        }
+    }
+    return all;
+}
+
 void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
     const LaneAxis &lane = plan.lane_axis;
     const Side a = plan.a, b = a == Side::query ? Side::key : Side::query;
-    const int64_t first_lane = first_packed_lane(plan, strip);
     for (int64_t phase = 0; phase < lane.period(a); ++phase) {
-        const LanePattern *inner = nullptr;
+        const LanePattern *before = nullptr;
         for (int64_t i = -plan.halo_tiles; i < plan.strip_tiles + plan.halo_tiles; ++i) {
             LaneTile &tile = *tiles++;
-            tile.phase = phase;
-            tile.lane = strip * plan.strip_lanes() + i * plan.lanes;
-            tile.column = tile.lane - first_lane;
-            tile.query = lane.query_period * tile.lane;
-            const int64_t existing = (lane.extent(a) - phase + lane.period(a) - 1) / lane.period(a) - tile.lane;
-            tile.count = static_cast<int32_t>(std::clamp<int64_t>(existing, 0, plan.lanes));
-            if (tile.lane < 0) tile.count = 0;
+            const LanePattern own = tile.own;
+            tile = tile_at(plan, strip, phase, i);
+            tile.own = own;
             if (tile.count == 0) continue;
-            const bool in_halo = i < 0 || i >= plan.strip_tiles;
-            const bool shares = !in_halo && is_inner(lane, a, plan.lanes, tile);
-            if (shares && inner) {
-                tile.pattern = inner;
+            if (borrows(plan, strip, phase, i)) {
+                tile.pattern = before;
                 continue;
             }
-            tile.pattern = &tile.own;
+            before = tile.pattern = &tile.own;
             tile.own.slots = tile.own.runs = 0;
             tile.own.masks_scores = tile.own.masks_values = false;
             tile.own.alike = tile.own.uniform = true;
@@ -437,7 +465,6 @@ void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
             if (i >= plan.strip_tiles) to = std::min(to, (plan.strip_tiles - i) * plan.lanes - 1);
             for (int64_t b_phase = 0; b_phase < lane.period(b); ++b_phase)
                 for (int64_t offset = from; offset <= to; ++offset) add_slot(plan, b_phase, offset, tile);
-            if (shares) inner = tile.pattern;
         }
     }
 }
