@@ -88,7 +88,7 @@ struct QueryPassWorker {
     LOCALATTN_INLINE void take(QueryPassWorker &w, Arena &arena) {
         const Plan &plan = w.plan;
         w.tiles = take_tiles(plan, arena);
-        take_key_ring(w.ring, plan, arena);
+        take_key_ring(w.ring, plan, Pass::backward, arena);
         w.q_row = padded(w.problem.channels * V::lanes, sizeof(T));
         w.o_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
         w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
@@ -117,13 +117,13 @@ struct QueryPassWorker {
         for (int r = 0; r < block.rows; ++r) {
             const auto where = [&](const Tensor &t) { return offset(t, job, block, r, tile); };
             T *go = grad_o + r * o_row;
-            pack_tile(problem.query, where(problem.query), tile.count, problem.channels, T(problem.scale * log2_e),
-                      q + r * q_row);
+            pack_tile(problem.query, where(problem.query), tile.count, problem.channels,
+                      score_factor<V>(problem).operand, q + r * q_row);
             pack_tile(problem.grad_output, where(problem.grad_output), tile.count, problem.value_channels, T(1), go);
             pack_tile(problem.output, where(problem.output), tile.count, problem.value_channels, T(1), o);
             reg sum{};
-            for (int64_t c = 0; c < problem.value_channels * V::lanes; c += V::lanes)
-                sum += V::load(go + c) * V::load(o + c);
+            for (int64_t c = 0; c < V::words(problem.value_channels) * V::lanes; c += V::lanes)
+                sum = V::multiply_add(sum, V::load(go + c), V::load(o + c));
             const Tensor &l = problem.lse, &gl = problem.grad_lse;
             if (gl.data)
                 sum -= gather<V>(static_cast<const T *>(gl.data) + where(gl), gl.axis[2] * period, tile.count, T(0));
@@ -146,14 +146,14 @@ struct QueryPassWorker {
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
             const Chunk &chunk = chunks.now;
             ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, {q, q_row}, s, s_row,
-                           stream);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels, {grad_o, o_row},
-                           dp, s_row, stream);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, {q, q_row}, score_factor<V>(problem).sum, s,
+                           s_row, stream);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, {grad_o, o_row}, T(1), dp, s_row, stream);
             differentiate_chunk(job, block, tile, chunk);
-            if (problem.grad_query.data)
-                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels,
-                               dense_weights<V>(tile, dp, s_row), grad_q, q_row);
+            if (!problem.grad_query.data) continue;
+            const TileWeights<V> weights = dense_weights<V>(tile, dp, s_row);
+            round_weights<V>(plan, block, tile, chunk, weights, weights);
+            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, weights, grad_q, q_row);
         }
         const Tensor &g = problem.grad_query;
         if (!g.data) return;
@@ -197,7 +197,7 @@ struct QueryRing {
     using T = typename V::T;
     using reg = typename V::reg;
     RingSlots slots;
-    PackedRows<V> queries, grad_outputs;
+    PackedTensor<V> queries, grad_outputs;
     T *lse, *delta;  // [ring rows][packed], as store_statistics leaves them
     T *output;       // one packed row, for delta
 
@@ -215,14 +215,11 @@ struct QueryRing {
                     return batch * t.batch + head * t.head + rows0.position[b0] * t.axis[0] +
                            rows1.position[b] * t.axis[1];
                 };
-                const auto pack = [&](const Tensor &t, int64_t channels, T times, T *out) {
-                    pack_row<V>(plan, codec, t, offset(t), strip, channels, out, times);
-                };
-                T *go = grad_outputs.data + slot * grad_outputs.row;
+                const T *go = grad_outputs.scores.data + slot * grad_outputs.scores.row;
                 T *l = lse + slot * plan.packed, *d = delta + slot * plan.packed;
-                pack(problem.query, problem.channels, factor, queries.data + slot * queries.row);
-                pack(problem.grad_output, problem.value_channels, 1, go);
-                pack(problem.output, problem.value_channels, 1, output);
+                pack_tensor(plan, codec, problem.query, offset(problem.query), strip, slot, queries, factor);
+                pack_tensor(plan, codec, problem.grad_output, offset(problem.grad_output), strip, slot, grad_outputs);
+                pack_row<V>(plan, codec, problem.output, offset(problem.output), strip, problem.value_channels, output);
                 pack_numbers<V>(plan, static_cast<const T *>(problem.lse.data) + offset(problem.lse),
                                 problem.lse.axis[2], strip, T(log2_e), -T(__builtin_inf()), l);
                 if (problem.grad_lse.data)
@@ -230,8 +227,9 @@ struct QueryRing {
                                     problem.grad_lse.axis[2], strip, T(-1), T(0), d);
                 for (int64_t x = 0; x < columns; x += V::lanes) {
                     reg sum = problem.grad_lse.data ? V::load(d + x) : reg{};
-                    for (int64_t c = 0; c < problem.value_channels; ++c)
-                        sum += V::load(go + c * plan.packed + x) * V::load(output + c * plan.packed + x);
+                    for (int64_t c = 0; c < V::words(problem.value_channels); ++c)
+                        sum = V::multiply_add(sum, V::load(go + c * plan.packed + x),
+                                              V::load(output + c * plan.packed + x));
                     store_statistics<V>(V::load(l + x), sum, l + x, d + x);
                 }
             }
@@ -243,11 +241,12 @@ LOCALATTN_INLINE void take_query_ring(QueryRing<V> &ring, const Plan &plan, Aren
     using T = typename V::T;
     const int64_t rows = plan.ring0 * plan.ring1;
     ring.slots = {arena.take<int64_t>(rows), plan.ring0, plan.ring1};
-    ring.queries = take_rows<V>(plan, plan.problem->channels, arena);
-    ring.grad_outputs = take_rows<V>(plan, plan.problem->value_channels, arena);
+    const Problem &problem = *plan.problem;
+    ring.queries = take_tensor<V>(plan, problem.channels, true, problem.grad_key.data != nullptr, arena);
+    ring.grad_outputs = take_tensor<V>(plan, problem.value_channels, true, problem.grad_value.data != nullptr, arena);
     ring.lse = arena.take<T>(rows * plan.packed + plan.lead);
     ring.delta = arena.take<T>(rows * plan.packed + plan.lead);
-    ring.output = arena.take<T>(plan.problem->value_channels * plan.packed + plan.lead);
+    ring.output = arena.take<T>(V::words(problem.value_channels) * plan.packed + plan.lead);
 }
 
 template <class V>
@@ -300,7 +299,7 @@ struct KeyPassWorker {
                        V::lanes, channels, factor, out, V::lanes);
         };
         for (int r = 0; r < block.rows; ++r) {
-            pack_tile(problem.key, r, problem.channels, T(problem.scale * log2_e), k + r * k_row);
+            pack_tile(problem.key, r, problem.channels, score_factor<V>(problem).operand, k + r * k_row);
             pack_tile(problem.value, r, problem.value_channels, T(1), v + r * v_row);
             if (const Tensor &m = problem.key_mask; m.data) {
                 const uint8_t *attends = static_cast<const uint8_t *>(m.data) + offset(m, job, block, r, tile);
@@ -351,17 +350,20 @@ struct KeyPassWorker {
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
             const Chunk &chunk = chunks.now;
             ring.pack(plan, codec, job.batch, head, job.strip, chunk, T(1));
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.queries, problem.channels, {k, k_row}, s, s_row,
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.queries, {k, k_row}, score_factor<V>(problem).sum,
+                           s, s_row, stream);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.grad_outputs, {v, v_row}, T(1), dp, s_row,
                            stream);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.grad_outputs, problem.value_channels, {v, v_row},
-                           dp, s_row, stream);
             differentiate_chunk(job, head, block, tile, chunk);
-            if (problem.grad_value.data)
-                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.grad_outputs, problem.value_channels,
-                               dense_weights<V>(tile, s, s_row), sum_v, v_row);
-            if (problem.grad_key.data)
-                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.queries, problem.channels,
-                               dense_weights<V>(tile, dp, s_row), sum_k, k_row);
+            const auto weigh = [&](const Tensor &result, const PackedTensor<V> &queries, T *scores, T *sum,
+                                   ptrdiff_t row) {
+                if (!result.data) return;
+                const TileWeights<V> weights = dense_weights<V>(tile, scores, s_row);
+                round_weights<V>(plan, block, tile, chunk, weights, weights);
+                weigh_chunk<V>(plan, block, tile, chunk, ring.slots, queries, weights, sum, row);
+            };
+            weigh(problem.grad_value, ring.grad_outputs, s, sum_v, v_row);
+            weigh(problem.grad_key, ring.queries, dp, sum_k, k_row);
         }
         if (head + 1 < (job.head + 1) * share) return;
         const auto store = [&](const Tensor &t, int r, int64_t channels, T factor, T *g) {

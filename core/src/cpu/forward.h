@@ -32,8 +32,8 @@ struct ForwardWorker {
     LOCALATTN_INLINE void take(ForwardWorker &w, Arena &arena) {
         const Plan &plan = w.plan;
         w.tiles = take_tiles(plan, arena);
-        take_key_ring(w.ring, plan, arena);
-        w.q_row = padded(w.problem.channels * V::lanes, sizeof(T));
+        take_key_ring(w.ring, plan, Pass::forward, arena);
+        w.q_row = padded(V::words(w.problem.channels) * V::lanes, sizeof(T));
         w.o_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
         w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
         w.q = arena.take<T>(plan.block_rows * w.q_row);
@@ -158,13 +158,14 @@ struct ForwardWorker {
     void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {
         const int64_t period = plan.lane_axis.query_period;
         const Tensor &query = problem.query;
+        const ScoreFactor<V> factor = score_factor<V>(problem);
         for (int r = 0; r < block.rows; ++r) {
             const int64_t offset = job.batch * query.batch + job.head * query.head +
                                    plan.axis0.query.position[block.row0] * query.axis[0] +
                                    plan.axis1.query.position[block.row + r] * query.axis[1] +
                                    (tile.phase + period * tile.lane) * query.axis[2];
             codec.pack(at(codec, query, offset), query.axis[2] * period, query.channel, 0, tile.count, V::lanes,
-                       problem.channels, T(problem.scale * log2_e), q + r * q_row, V::lanes);
+                       problem.channels, factor.operand, q + r * q_row, V::lanes);
             V::store(maximum + r * V::lanes, V::all(-T(__builtin_inf())));
             V::store(sum + r * V::lanes, reg{});
             for (int64_t c = 0; c < problem.value_channels; ++c) V::store(o + r * o_row + c * V::lanes, reg{});
@@ -173,12 +174,12 @@ struct ForwardWorker {
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks); first = false) {
             const Chunk &chunk = chunks.now;
             ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, problem.channels, {q, q_row}, s, s_row,
-                           stream);
+            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, {q, q_row}, factor.sum, s, s_row, stream);
             finish_scores(job, block, tile, chunk);
             soften(block, tile, chunk, first);
-            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, problem.value_channels,
-                           dense_weights<V>(tile, s, s_row), o, o_row);
+            const TileWeights<V> weights = dense_weights<V>(tile, s, s_row);
+            round_weights<V>(plan, block, tile, chunk, weights, weights);
+            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, weights, o, o_row);
         }
         finish(job, block, tile);
     }

@@ -32,6 +32,7 @@ struct JointWorker {
     T *grad_q;              // [ring rows][phase][tile of the strip][channel][lane]
     T *s, *dp;              // [query row of a block][key row][slot][lane]
     T *p_plane, *ds_plane;  // [key row][query row of a block][plane][column]
+    T *words;               // of a tile of keys: [key row][query row of a block][slot][lane]
     T *grad_k, *grad_v;
     ptrdiff_t s_row, grad_q_row, k_row, v_row;
     Stream stream;
@@ -55,7 +56,7 @@ struct JointWorker {
         const JointPlan &plan = w.plan;
         w.key_tiles = take_tiles(plan, arena);
         w.query_tiles = take_tiles(w.by_query, arena);
-        take_key_ring(w.keys, w.by_query, arena);
+        take_key_ring(w.keys, w.by_query, Pass::backward, arena);
         take_query_ring(w.ring, plan, arena);
         w.grad_q_row = padded(w.query_tiles_of_strip() * w.problem.channels * V::lanes, sizeof(T));
         w.grad_q = arena.take<T>(plan.ring0 * plan.ring1 * w.grad_q_row);
@@ -64,6 +65,7 @@ struct JointWorker {
         w.dp = arena.take<T>(plan.block_rows * w.s_row);
         w.p_plane = arena.take<T>(w.plane_elements());
         w.ds_plane = arena.take<T>(w.plane_elements());
+        w.words = arena.take<T>(V::word == 1 ? 0 : plan.block_rows * plan.block_rows * plan.most_slots * V::lanes);
         w.k_row = padded(w.problem.channels * V::lanes, sizeof(T));
         w.v_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
         w.grad_k = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.k_row);
@@ -155,18 +157,20 @@ struct JointWorker {
             const bool to_planes = owns_keys && wants_keys();
             if (!owned && !to_planes) continue;
             const int64_t at = query_column(job, tile);
-            const TileRows<V> q{ring.queries.data + slot * ring.queries.row + at, ring.queries.row, plan.packed};
-            const TileRows<V> go{ring.grad_outputs.data + slot * ring.grad_outputs.row + at, ring.grad_outputs.row,
-                                 plan.packed};
-            score_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, problem.channels, q, s, s_row, stream);
-            score_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.values, problem.value_channels, go, dp, s_row,
-                           stream);
+            const auto rows = [&](const PackedTensor<V> &t) {
+                return TileRows<V>{t.scores.data + slot * t.scores.row + at, t.scores.row, plan.packed};
+            };
+            score_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, rows(ring.queries),
+                           score_factor<V>(problem).sum, s, s_row, stream);
+            score_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.values, rows(ring.grad_outputs), T(1), dp,
+                           s_row, stream);
             differentiate_tile(job, block, tile, chunk, to_planes, owned);
             if (owned && problem.grad_query.data) {
                 T *sum =
                     grad_q + slot * grad_q_row + (tile.phase * plan.strip_tiles + in) * problem.channels * V::lanes;
-                weigh_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, problem.channels,
-                               dense_weights<V>(tile, dp, s_row), sum, grad_q_row, true);
+                const TileWeights<V> weights = dense_weights<V>(tile, dp, s_row);
+                round_weights<V>(by_query, block, tile, chunk, weights, weights);
+                weigh_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, weights, sum, grad_q_row, true);
             }
         }
     }
@@ -195,9 +199,8 @@ struct JointWorker {
     // One of the gradients of a block of keys, summed as [tile][key row][channel][lane].
     struct KeyGradient {
         const Tensor &result;
-        const PackedRows<V> &queries;
-        const T *planes;
-        int64_t channels;
+        const PackedTensor<V> &queries;
+        T *planes;
         T factor;
         T *sum;
         ptrdiff_t row;
@@ -205,11 +208,10 @@ struct JointWorker {
     template <class Body>
     LOCALATTN_INLINE void each_key_gradient(const JointWorker &w, const Body &body) {
         const Problem &p = w.problem;
-        if (p.grad_value.data)
-            body(KeyGradient{p.grad_value, w.ring.grad_outputs, w.p_plane, p.value_channels, T(1), w.grad_v, w.v_row});
-        // The packed queries are scale * log2(e) times theirs.
-        if (p.grad_key.data)
-            body(KeyGradient{p.grad_key, w.ring.queries, w.ds_plane, p.channels, T(ln_2), w.grad_k, w.k_row});
+        if (p.grad_value.data) body(KeyGradient{p.grad_value, w.ring.grad_outputs, w.p_plane, T(1), w.grad_v, w.v_row});
+        // Packed queries may be scale * log2(e) times theirs.
+        const T factor = V::word == 1 ? T(ln_2) : T(p.scale);
+        if (p.grad_key.data) body(KeyGradient{p.grad_key, w.ring.queries, w.ds_plane, factor, w.grad_k, w.k_row});
     }
 
     // Adds what one block of queries gives to the gradients of a block of keys, from the planes.
@@ -218,14 +220,20 @@ struct JointWorker {
             const LaneTile &tile = key_tiles[i];
             if (tile.count == 0) continue;
             each_key_gradient(*this, [&](const KeyGradient &g) {
-                const TileWeights<V> weights{g.planes + tile.phase * plan.plane_phase + plane_lane(job, tile),
-                                             static_cast<ptrdiff_t>(plan.block_rows * pair_step()),
-                                             static_cast<ptrdiff_t>(pair_step()),
-                                             static_cast<ptrdiff_t>(plan.plane_columns),
-                                             true,
-                                             plan.offsets,
-                                             plan.lowest};
-                weigh_chunk<V>(plan, block, tile, queries, ring.slots, g.queries, g.channels, weights,
+                TileWeights<V> weights{g.planes + tile.phase * plan.plane_phase + plane_lane(job, tile),
+                                       static_cast<ptrdiff_t>(plan.block_rows * pair_step()),
+                                       static_cast<ptrdiff_t>(pair_step()),
+                                       static_cast<ptrdiff_t>(plan.plane_columns),
+                                       true,
+                                       plan.offsets,
+                                       plan.lowest};
+                if (V::word > 1) {
+                    const ptrdiff_t cell = tile.pattern->slots * V::lanes;
+                    const TileWeights<V> rounded{words, plan.block_rows * cell, cell};
+                    round_weights<V>(plan, block, tile, queries, weights, rounded);
+                    weights = rounded;
+                }
+                weigh_chunk<V>(plan, block, tile, queries, ring.slots, g.queries, weights,
                                g.sum + i * plan.block_rows * g.row, g.row, true);
             });
         }
@@ -244,10 +252,10 @@ struct JointWorker {
                         // A masked key's gradient is zero whatever the queries hold.
                         const Mask *mask =
                             keys.key_mask + keys.slots.of(block.row0, block.row + r) * keys.packed + column;
-                        for (int64_t c = 0; c < g.channels * V::lanes; c += V::lanes)
+                        for (int64_t c = 0; c < g.queries.channels * V::lanes; c += V::lanes)
                             V::store(sum + c, V::keep(V::load_mask(mask), V::load(sum + c)));
                     }
-                    store(g.result, job, block.row0, block.row + r, Side::key, tile, g.channels, g.factor, sum);
+                    store(g.result, job, block.row0, block.row + r, Side::key, tile, g.queries.channels, g.factor, sum);
                 }
             });
         }
@@ -297,7 +305,7 @@ struct JointWorker {
         const Chunk queries = queries_of(block, owned);
         announce(job, block, queries);
         keys.pack(by_query, codec, job.batch, job.head, job.strip, chunk);
-        ring.pack(plan, codec, job.batch, job.head, job.strip, queries, T(problem.scale * log2_e));
+        ring.pack(plan, codec, job.batch, job.head, job.strip, queries, score_factor<V>(problem).operand);
 
         each_owned(queries, owned, [&](int64_t q0, int64_t q) {
             const bool begins =

@@ -18,6 +18,12 @@ LOCALATTN_INLINE Codec<V> make_codec() {
     return {pack<V, Element>, unpack<V, Element>, add_bias<V, Element>, sizeof(Element)};
 }
 
+// The same of a vector whose operands are words.
+template <class V>
+LOCALATTN_INLINE Codec<V> make_word_codec() {
+    return {pack_words<V>, unpack<V, bfloat16>, add_bias<V, bfloat16>, sizeof(bfloat16)};
+}
+
 template <class V>
 LOCALATTN_INLINE PlanOptions options_for(Side a, bool forward, int32_t workers) {
     PlanOptions o;
@@ -106,9 +112,10 @@ static size_t run_pass(const Problem &problem, const PlanOptions &options, const
     return shared + static_cast<size_t>(workers.count) * each;
 }
 
+// On the walk of plan.h.
 template <class V>
-static size_t run_all(const Problem &problem, Pass pass, const Codec<V> &codec, const Workers &workers, void *memory) {
-    if (Blocked<V>::takes(problem, pass)) return Blocked<V>{problem, codec}.run(pass, workers, memory);
+static size_t run_windows(const Problem &problem, Pass pass, const Codec<V> &codec, const Workers &workers,
+                          void *memory) {
     if (pass == Pass::forward)
         return run_pass<V, ForwardWorker<V>>(problem, options_for<V>(Side::query, true, workers.count), codec, workers,
                                              false, memory);
@@ -128,6 +135,12 @@ static size_t run_all(const Problem &problem, Pass pass, const Codec<V> &codec, 
         if (bytes > most_bytes) most_bytes = bytes;
     }
     return most_bytes;
+}
+
+template <class V>
+static size_t run_all(const Problem &problem, Pass pass, const Codec<V> &codec, const Workers &workers, void *memory) {
+    if (Blocked<V>::takes(problem, pass)) return Blocked<V>{problem, codec}.run(pass, workers, memory);
+    return run_windows(problem, pass, codec, workers, memory);
 }
 
 template <class V>

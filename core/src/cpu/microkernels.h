@@ -8,14 +8,17 @@
 //   values:  o[row][channel][lane] += sum over b rows and entries  p[row][b row][entry][lane]
 //                                                                * v[b row][channel][column + entry + lane]
 //
+// Where a lane holds words of two numbers (dot_vector.h), scores go through words of channels and values through words
+// of entries: half as many steps.
+//
 // The scores prefetch as they go, one line of each a channel: `next`, the packed row that comes next, into L1, and
 // `stream`, tensor rows that the next block will pack, into L2. All at once instead, it would gain nothing.
 //
 // Work: one multiply-add a lane and inner step. Loads a step: Rows (aligned) + Columns (mostly unaligned) for
 // Rows*Columns multiply-adds, hence tiles as large as the register file: the table below.
 #pragma once
+#include "dot_vector.h"
 #include "stream.h"
-#include "vector.h"
 
 namespace localattn::cpu {
 
@@ -36,11 +39,13 @@ LOCALATTN_INLINE TileSplit split_tiles(int registers, int rows, int total) {
     return {(total + widest - 1) / widest};
 }
 
+// `channels` counts words. Where operands are words, the sums are multiplied by `factor`; else the operands were.
 template <class V, int Rows, int Columns>
 __attribute__((noinline)) static void scores_tile(const typename V::T *__restrict a, ptrdiff_t a_row,
                                                   ptrdiff_t a_channel, const typename V::T *__restrict b,
-                                                  ptrdiff_t b_channel, int64_t channels, typename V::T *__restrict s,
-                                                  ptrdiff_t s_row, const typename V::T *next, const char *stream,
+                                                  ptrdiff_t b_channel, int64_t channels, typename V::T factor,
+                                                  typename V::T *__restrict s, ptrdiff_t s_row,
+                                                  const typename V::T *next, const char *stream,
                                                   ptrdiff_t stream_step) {
     using reg = typename V::reg;
     reg sum[Rows][Columns];
@@ -64,14 +69,15 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
             reg y = V::load(b + n);
             V::hold(y);
             LOCALATTN_UNROLL
-            for (int r = 0; r < Rows; ++r) sum[r][n] += x[r] * y;
+            for (int r = 0; r < Rows; ++r) sum[r][n] = V::multiply_add(sum[r][n], x[r], y);
         }
         a += a_channel;
         b += b_channel;
     }
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
-    for (int n = 0; n < Columns; ++n) V::store(s + r * s_row + n * V::lanes, sum[r][n]);
+    for (int n = 0; n < Columns; ++n)
+        V::store(s + r * s_row + n * V::lanes, V::word == 1 ? sum[r][n] : sum[r][n] * factor);
 }
 
 // With Masked, an element of v counts as 0 in the lanes that the entry's mask leaves out, so that what those lanes must
@@ -87,30 +93,33 @@ __attribute__((noinline)) static void values_tile(const typename V::T *__restric
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
     for (int n = 0; n < Columns; ++n) sum[r][n] = V::load(o + r * o_row + n * V::lanes);
+    const int whole = entries / V::word * V::word;
 #pragma GCC unroll 1
     for (int y = 0; y < b_rows; ++y) {
         const typename V::T *pp = p + y * p_b_row, *vv = v + y * v_row;
-#pragma GCC unroll 1
-        for (int e = 0; e < entries; ++e) {
+        const auto add = [&](bool masked, typename V::mask m) __attribute__((always_inline)) {
             reg x[Rows];
             LOCALATTN_UNROLL
             for (int r = 0; r < Rows; ++r) {
                 x[r] = V::load(pp + r * p_row);
                 V::hold(x[r]);
             }
-            typename V::mask m{};
-            if constexpr (Masked) m = V::load_mask(mask + e * V::lanes);
             LOCALATTN_UNROLL
             for (int n = 0; n < Columns; ++n) {
                 reg z = V::load(vv + n * v_channel);
-                if constexpr (Masked) z = V::keep(m, z);
+                if (masked) z = V::keep(m, z);
                 V::hold(z);
                 LOCALATTN_UNROLL
-                for (int r = 0; r < Rows; ++r) sum[r][n] += x[r] * z;
+                for (int r = 0; r < Rows; ++r) sum[r][n] = V::multiply_add(sum[r][n], x[r], z);
             }
             pp += p_entry;
-            ++vv;
-        }
+            vv += V::word;
+        };
+#pragma GCC unroll 1
+        for (int e = 0; e < whole; e += V::word)
+            add(Masked, Masked ? V::word_mask(mask, e, entries) : typename V::mask{});
+        if (V::word > 1 && whole < entries)
+            add(true, Masked ? V::word_mask(mask, whole, entries) : V::word_mask(nullptr, whole, entries));
     }
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
@@ -122,8 +131,8 @@ template <class V>
 struct Microkernels {
     using T = typename V::T;
     using Mask = typename V::Mask;
-    using Scores = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T *, ptrdiff_t, const T *,
-                            const char *, ptrdiff_t);
+    using Scores = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T, T *, ptrdiff_t,
+                            const T *, const char *, ptrdiff_t);
     using Values = void (*)(const T *, ptrdiff_t, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, ptrdiff_t, int, int,
                             const Mask *, T *, ptrdiff_t);
     static constexpr int rows = max_rows(V::registers);
@@ -151,15 +160,15 @@ struct Microkernels {
     }
     static constexpr Table table = make();
 
-    // Scores of `count` consecutive entries.
+    // Scores of `count` consecutive entries; `channels` counts words.
     LOCALATTN_INLINE void scores(int r, const T *a, ptrdiff_t a_row, ptrdiff_t a_channel, const T *b,
-                                 ptrdiff_t b_channel, int64_t channels, T *s, ptrdiff_t s_row, int count, const T *next,
-                                 Stream &stream) {
+                                 ptrdiff_t b_channel, int64_t channels, T factor, T *s, ptrdiff_t s_row, int count,
+                                 const T *next, Stream &stream) {
         const TileSplit split = split_tiles(V::registers, r, count);
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(count, i);
             const Stream::Piece piece = stream.take(channels);
-            table.scores[r][n](a, a_row, a_channel, b + done, b_channel, channels, s + done * V::lanes, s_row,
+            table.scores[r][n](a, a_row, a_channel, b + done, b_channel, channels, factor, s + done * V::lanes, s_row,
                                next + i * (64 / static_cast<int>(sizeof(T))), piece.address, piece.step);
             done += n;
         }

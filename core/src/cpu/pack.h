@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "vector.h"
+#include "dot_vector.h"
 
 namespace localattn::cpu {
 
@@ -112,6 +112,75 @@ static void pack(const void *source, int64_t position, int64_t channel, int64_t 
             }
         }
     }
+}
+
+// The same to words of channels (c, c + 1), for vectors whose operands are words: out[c / 2 * out_channel + x]. An odd
+// number of channels ends with a word whose high half is 0. Nothing is multiplied: that would be rounded.
+template <class V, bool Whole>
+LOCALATTN_INLINE void pack_words_block(const bfloat16 *in, int64_t position, int from, int to, int channels,
+                                       typename V::T *out, int64_t out_channel) {
+    typename V::reg row[V::lanes];
+    LOCALATTN_UNROLL
+    for (int l = 0; l < V::lanes; ++l) {
+        // What is left out is not touched.
+        row[l] = V::Isa::load_some(in + l * position, Whole ? 2 * V::lanes : l >= from && l < to ? channels : 0);
+        V::hold(row[l]);
+    }
+    transpose<V>(row);
+    LOCALATTN_UNROLL
+    for (int l = 0; l < V::lanes; ++l)
+        if (Whole || 2 * l < channels) V::store(out + l * out_channel, row[l]);
+}
+template <class V>
+static void pack_words(const void *source, int64_t position, int64_t channel, int64_t from, int64_t to, int64_t columns,
+                       int64_t channels, typename V::T, typename V::T *out, int64_t out_channel) {
+    using T = typename V::T;
+    using reg = typename V::reg;
+    const bfloat16 *in = static_cast<const bfloat16 *>(source);
+    constexpr int L = V::lanes;
+    for (int64_t x = 0; x < columns; x += L) {
+        const int lo = static_cast<int>(from > x ? (from - x < L ? from - x : L) : 0);
+        const int hi = static_cast<int>(to < x + L ? (to > x ? to - x : 0) : L);
+        const bfloat16 *p = in + x * position;
+        T *o = out + x;
+        if (lo >= hi) {
+            for (int64_t w = 0; w < V::words(channels); ++w) V::store(o + w * out_channel, reg{});
+        } else if (channel == 1) {
+            for (int64_t c = 0; c < channels; c += 2 * L, o += L * out_channel) {
+                const int some = static_cast<int>(channels - c < 2 * L ? channels - c : 2 * L);
+                if (lo == 0 && hi == L && some == 2 * L)
+                    pack_words_block<V, true>(p + c, position, 0, L, some, o, out_channel);
+                else
+                    pack_words_block<V, false>(p + c, position, lo, hi, some, o, out_channel);
+            }
+        } else {
+            const auto load = [&](int64_t c) {
+                if (c >= channels) return reg{};
+                if (position == 1 && lo == 0 && hi == L) return V::load_as(p + c * channel);
+                alignas(64) T t[L] = {};
+                for (int l = lo; l < hi; ++l) t[l] = load_as<T>(p + l * position + c * channel);
+                return V::load(t);
+            };
+            for (int64_t c = 0; c < channels; c += 2, o += out_channel) V::store(o, V::join(load(c), load(c + 1)));
+        }
+    }
+}
+
+// From words of channels to words of positions: out[c * row + x] holds positions x and x + 1. After the last channel
+// come `zeros`. `in` has a register more than its last row, which comes into no word that a window has.
+template <class V>
+static void words_of_positions(const typename V::T *in, int64_t channels, int64_t row, int64_t zeros,
+                               typename V::T *out) {
+    for (int64_t c = 0; c < channels; c += 2, in += row, out += 2 * row) {
+        const bool pair = c + 1 < channels;
+        for (int64_t x = 0; x < row; x += V::lanes) {
+            const typename V::reg here = V::load(in + x), after = V::load(in + x + 1);
+            V::store(out + x, V::low_halves(here, after));
+            if (pair) V::store(out + row + x, V::high_halves(here, after));
+        }
+    }
+    if (channels % 2) out -= row;
+    for (int64_t x = 0; x < zeros; x += V::lanes) V::store(out + x, typename V::reg{});
 }
 
 template <class V, bool Whole, class Element>

@@ -4,6 +4,8 @@
 
 namespace localattn::cpu {
 
+inline constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
+
 LOCALATTN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 LOCALATTN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -113,17 +115,40 @@ LOCALATTN_INLINE Chunks chunks_of(const Plan &plan, const Chunk &all) {
     return c;
 }
 
-// One tensor's rows in the ring.
+// Rows in the ring, of one tensor in one form.
 template <class V>
 struct PackedRows {
     typename V::T *data;
     ptrdiff_t row;  // elements from row to row
 };
+// `channels` counts words.
 template <class V>
-LOCALATTN_INLINE PackedRows<V> take_rows(const Plan &plan, int64_t channels, Arena &arena) {
+LOCALATTN_INLINE PackedRows<V> take_rows(const Plan &plan, int64_t channels, Arena &arena, bool one = false) {
     using T = typename V::T;
     const ptrdiff_t row = channels * plan.packed;
-    return {arena.take<T>(plan.ring0 * plan.ring1 * row + most(plan.lead, V::lanes)), row};
+    const int64_t rows = one ? 1 : plan.ring0 * plan.ring1;
+    return {arena.take<T>(rows * row + most(plan.lead, V::lanes)), one ? 0 : row};
+}
+
+// One tensor's rows in the ring, for both contractions: the same, unless operands are words.
+template <class V>
+struct PackedTensor {
+    int64_t channels;
+    PackedRows<V> scores, values;  // words of channels; words of positions
+};
+// What is not asked for is not there; of the words of channels then only one row, on the way to the others.
+template <class V>
+LOCALATTN_INLINE PackedTensor<V> take_tensor(const Plan &plan, int64_t channels, bool for_scores, bool for_values,
+                                             Arena &arena) {
+    PackedTensor<V> t{channels, {}, {}};
+    t.scores = take_rows<V>(plan, V::words(channels), arena, V::word > 1 && !for_scores);
+    if constexpr (V::word == 1) t.values = t.scores;
+    if (V::word > 1 && for_values) {
+        // No row begins in the zeros that follow another: the last of them holds the first position as well.
+        const int64_t row = channels * plan.packed + most(plan.lead, V::lanes);
+        t.values = {arena.take<typename V::T>(plan.ring0 * plan.ring1 * row), row};
+    }
+    return t;
 }
 
 struct RingSlots {
@@ -161,7 +186,8 @@ LOCALATTN_INLINE void pack_row(const Plan &plan, const Codec<V> &codec, const Te
     }
     // What follows the last channel are the next row's first zeros, which need not be there yet.
     if (plan.strips == 1)
-        for (int64_t x = 0; x < plan.lead; x += V::lanes) V::store(out + channels * plan.packed + x, typename V::reg{});
+        for (int64_t x = 0; x < plan.lead; x += V::lanes)
+            V::store(out + V::words(channels) * plan.packed + x, typename V::reg{});
 }
 
 // One number per position of B's row, `rest` where there is no position.
@@ -197,7 +223,7 @@ LOCALATTN_INLINE void pack_key_mask(const Plan &plan, int64_t offset, int64_t st
     if (plan.strips == 1)
         for (int64_t x = lane.key_period * plan.phase_stride; x < plan.packed + plan.lead; ++x) out[x] = -1;
 }
-// Masked positions of a packed row become zeros, so that whatever they held reaches no sum.
+// Masked positions of a packed row become zeros, so that whatever they held reaches no sum. `channels` counts words.
 template <class V>
 LOCALATTN_INLINE void clear_masked(const Plan &plan, const typename V::Mask *mask, int64_t channels,
                                    typename V::T *row) {
@@ -209,13 +235,39 @@ LOCALATTN_INLINE void clear_masked(const Plan &plan, const typename V::Mask *mas
         }
 }
 
+// Packs one row of B of one tensor, in the forms that it has.
+template <class V>
+LOCALATTN_INLINE void pack_tensor(const Plan &plan, const Codec<V> &codec, const Tensor &tensor, int64_t offset,
+                                  int64_t strip, int64_t slot, const PackedTensor<V> &packed, typename V::T factor = 1,
+                                  const typename V::Mask *key_mask = nullptr) {
+    typename V::T *row = packed.scores.data + slot * packed.scores.row;
+    pack_row<V>(plan, codec, tensor, offset, strip, packed.channels, row, factor);
+    if (key_mask) clear_masked<V>(plan, key_mask, V::words(packed.channels), row);
+    if constexpr (V::word > 1)
+        if (packed.values.data)
+            words_of_positions<V>(row, packed.channels, plan.packed, plan.strips == 1 ? plan.lead : 0,
+                                  packed.values.data + slot * packed.values.row);
+}
+
+// What scores multiply by: operands as they are packed, or, where those are words, sums.
+template <class V>
+struct ScoreFactor {
+    typename V::T operand, sum;
+};
+template <class V>
+LOCALATTN_INLINE ScoreFactor<V> score_factor(const Problem &problem) {
+    const auto factor = static_cast<typename V::T>(problem.scale * log2_e);
+    if (V::word > 1) return {1, factor};
+    return {factor, 1};
+}
+
 // Keys and values of one head, for passes over queries.
 template <class V>
 struct KeyRing {
     using T = typename V::T;
     using Mask = typename V::Mask;
     RingSlots slots;
-    PackedRows<V> keys, values;
+    PackedTensor<V> keys, values;
     Mask *key_mask;  // [ring rows][packed]; NULL without a key mask
     int64_t packed;
 
@@ -236,26 +288,23 @@ struct KeyRing {
                 const auto offset = [&](const Tensor &t) {
                     return batch * t.batch + head * t.head + y0 * t.axis[0] + y1 * t.axis[1];
                 };
-                T *k = keys.data + slot * keys.row, *v = values.data + slot * values.row;
-                pack_row<V>(plan, codec, problem.key, offset(problem.key), strip, problem.channels, k);
-                pack_row<V>(plan, codec, problem.value, offset(problem.value), strip, problem.value_channels, v);
-                if (key_mask) {
-                    Mask *mask = key_mask + slot * packed;
-                    pack_key_mask<V>(plan, offset(problem.key_mask), strip, mask);
-                    clear_masked<V>(plan, mask, problem.channels, k);
-                    clear_masked<V>(plan, mask, problem.value_channels, v);
-                }
+                Mask *mask = key_mask ? key_mask + slot * packed : nullptr;
+                if (mask) pack_key_mask<V>(plan, offset(problem.key_mask), strip, mask);
+                pack_tensor(plan, codec, problem.key, offset(problem.key), strip, slot, keys, T(1), mask);
+                pack_tensor(plan, codec, problem.value, offset(problem.value), strip, slot, values, T(1), mask);
             }
         }
     }
 };
+// The forward sums values by scores of keys; the backward's tiles of queries sum keys by scores of both.
 template <class V>
-LOCALATTN_INLINE void take_key_ring(KeyRing<V> &ring, const Plan &plan, Arena &arena) {
+LOCALATTN_INLINE void take_key_ring(KeyRing<V> &ring, const Plan &plan, Pass pass, Arena &arena) {
     const Problem &problem = *plan.problem;
     const int64_t rows = plan.ring0 * plan.ring1;
     ring.slots = {arena.take<int64_t>(rows), plan.ring0, plan.ring1};
-    ring.keys = take_rows<V>(plan, problem.channels, arena);
-    ring.values = take_rows<V>(plan, problem.value_channels, arena);
+    const bool forward = pass == Pass::forward;
+    ring.keys = take_tensor<V>(plan, problem.channels, true, !forward, arena);
+    ring.values = take_tensor<V>(plan, problem.value_channels, !forward, forward, arena);
     ring.key_mask = problem.key_mask.data ? arena.take<typename V::Mask>(rows * plan.packed + plan.lead) : nullptr;
     ring.packed = plan.packed;
 }

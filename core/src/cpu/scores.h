@@ -5,8 +5,6 @@
 
 namespace localattn::cpu {
 
-inline constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.693147180559945309417;
-
 // A query that saw no key has lse = -infinity; as +infinity it gives it weights of zero, and its delta cannot matter.
 // One with an infinite score has lse = +infinity; as NaN it makes every weight NaN, as in the forward.
 template <class V>
@@ -51,28 +49,29 @@ struct TileRows {
 };
 
 // The weights of a tile, [row of A][row of B][entry], each element a register of lanes: by slot of the tile's pattern,
-// or, where tiles share an array, by phase of B and offset between the lanes.
+// or, where tiles share an array, by phase of B and offset between the lanes. Words of entries follow the run's first.
 template <class V>
 struct TileWeights {
-    const typename V::T *data;
+    typename V::T *data;
     ptrdiff_t row, b_row, entry = V::lanes;
     bool by_offset = false;
     int64_t offsets = 0, lowest = 0;  // how many to a phase, and the first of them
-    const typename V::T *of(const LaneRun &run) const {
+    typename V::T *of(const LaneRun &run) const {
         return data + (by_offset ? run.phase * offsets + run.offset - lowest : run.slot) * entry;
     }
 };
 
 template <class V>
-LOCALATTN_INLINE TileWeights<V> dense_weights(const LaneTile &tile, const typename V::T *s, ptrdiff_t s_row) {
+LOCALATTN_INLINE TileWeights<V> dense_weights(const LaneTile &tile, typename V::T *s, ptrdiff_t s_row) {
     return {s, s_row, tile.pattern->slots * V::lanes};
 }
 
 // s[row][b][slot][lane] = a . b for the paired rows of the chunk.
 template <class V>
 LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
-                                  const RingSlots &slots, const PackedRows<V> &rows, int64_t channels,
-                                  const TileRows<V> &a, typename V::T *s, ptrdiff_t s_row, Stream &stream) {
+                                  const RingSlots &slots, const PackedTensor<V> &tensor, const TileRows<V> &a,
+                                  typename V::T factor, typename V::T *s, ptrdiff_t s_row, Stream &stream) {
+    const PackedRows<V> &rows = tensor.scores;
     const LanePattern &pattern = *tile.pattern;
     const int64_t cell = pattern.slots * V::lanes;
     for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
@@ -85,8 +84,34 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
             for (int i = 0; i < pattern.runs; ++i) {
                 const LaneRun &run = pattern.run[i];
                 Microkernels<V>::scores(paired.end - paired.begin, a.data + paired.begin * a.row, a.row, a.channel,
-                                        packed + run.column, plan.packed, channels, out + run.slot * V::lanes, s_row,
-                                        run.count, next + run.column, stream);
+                                        packed + run.column, plan.packed, V::words(tensor.channels), factor,
+                                        out + run.slot * V::lanes, s_row, run.count, next + run.column, stream);
+            }
+        }
+    }
+}
+
+// Weights of the paired rows of the chunk to words of entries, where operands are words. In place, if both are the
+// same: a word lies nowhere behind its entries.
+template <class V>
+LOCALATTN_INLINE void round_weights(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
+                                    const TileWeights<V> &from, const TileWeights<V> &to) {
+    if constexpr (V::word > 1) {
+        const LanePattern &pattern = *tile.pattern;
+        for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
+            for (int64_t b = chunk.begin; b < chunk.end; ++b) {
+                const PairedRows paired = paired_rows(plan, block, b0, b);
+                for (int r = paired.begin; r < paired.end; ++r) {
+                    for (int i = 0; i < pattern.runs; ++i) {
+                        const LaneRun &run = pattern.run[i];
+                        const auto *in = from.of(run) + r * from.row + chunk.index(b0, b) * from.b_row;
+                        auto *out = to.of(run) + r * to.row + chunk.index(b0, b) * to.b_row;
+                        int n = 0;
+                        for (; n + 2 <= run.count; n += 2, in += 2 * from.entry, out += to.entry)
+                            V::store(out, V::round(V::load(in), V::load(in + from.entry)));
+                        if (n < run.count) V::store(out, V::round(V::load(in), typename V::reg{}));
+                    }
+                }
             }
         }
     }
@@ -97,8 +122,9 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
 // where there are several runs, rows of B go one by one.
 template <class V>
 LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
-                                  const RingSlots &slots, const PackedRows<V> &rows, int64_t channels,
-                                  const TileWeights<V> &p, typename V::T *o, ptrdiff_t o_row, bool same_order = false) {
+                                  const RingSlots &slots, const PackedTensor<V> &tensor, const TileWeights<V> &p,
+                                  typename V::T *o, ptrdiff_t o_row, bool same_order = false) {
+    const PackedRows<V> &rows = tensor.values;
     using Mask = typename V::Mask;
     const LanePattern &pattern = *tile.pattern;
     if (pattern.slots == 0) return;
@@ -128,7 +154,7 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
                     Microkernels<V>::values(end - begin, p.of(run) + from, p.row, p.b_row, p.entry, packed + run.column,
                                             plan.packed, rows.row, static_cast<int>(last - b), run.count,
                                             mask ? mask + run.slot * V::lanes : nullptr, o + begin * o_row, o_row,
-                                            static_cast<int>(channels));
+                                            static_cast<int>(tensor.channels));
                 }
             };
             if (partial) {

@@ -39,6 +39,9 @@ struct Vector {
     using Mask = typename IntegerOf<T>::type;  // one lane of a mask: all ones or zero
     static constexpr int lanes = Isa::register_bytes / sizeof(T);
     static constexpr int registers = Isa::registers;
+    // How many numbers a lane of multiply_add's operands holds: words of several are another type, dot_vector.h.
+    static constexpr int word = 1;
+    static constexpr int64_t words(int64_t numbers) { return (numbers + word - 1) / word; }
 
     typedef T reg __attribute__((vector_size(Isa::register_bytes)));
     typedef Mask mask __attribute__((vector_size(Isa::register_bytes)));
@@ -57,8 +60,14 @@ struct Vector {
     static inline __attribute__((always_inline)) mask load_mask(const Mask *p) {
         return *reinterpret_cast<const unaligned_mask *>(p);
     }
+    static inline __attribute__((always_inline)) reg multiply_add(reg sum, reg x, reg y) { return sum + x * y; }
     static inline __attribute__((always_inline)) reg all(T x) { return x - reg{}; }
     static inline __attribute__((always_inline)) reg max(reg a, reg b) { return a > b ? a : b; }
+    // The mask of the word of entries that begins with `first` of `entries`; m[entry * lanes] is an entry's, all ones
+    // if m is NULL.
+    static inline __attribute__((always_inline)) mask word_mask(const Mask *m, int first, int) {
+        return m ? load_mask(m + first * lanes) : ~mask{};
+    }
     // Where the mask is zero: exactly 0, whatever x holds there.
     static inline __attribute__((always_inline)) reg keep(mask m, reg x) {
         return reinterpret_cast<reg>(reinterpret_cast<mask>(x) & m);

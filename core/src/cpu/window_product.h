@@ -91,11 +91,11 @@ template <class V>
 struct OneRing {
     using T = typename V::T;
     RingSlots slots;
-    PackedRows<V> rows;
+    PackedTensor<V> rows;
 
     LOCALATTN_INLINE void take(OneRing &ring, const Plan &plan, Arena &arena) {
         ring.slots = {arena.take<int64_t>(plan.ring0 * plan.ring1), plan.ring0, plan.ring1};
-        ring.rows = take_rows<V>(plan, plan.problem->channels, arena);
+        ring.rows = take_tensor<V>(plan, plan.problem->channels, true, true, arena);
     }
     // Makes the chunk's rows that are in the map be there.
     void pack(const Plan &plan, const Codec<V> &codec, const Tensor &t, const Job &job, const Chunk &chunk) const {
@@ -105,8 +105,7 @@ struct OneRing {
                 if (!slots.claims(b0, b, rows1.count)) continue;
                 const int64_t offset = job.batch * t.batch + job.head * t.head + rows0.position[b0] * t.axis[0] +
                                        rows1.position[b] * t.axis[1];
-                pack_row<V>(plan, codec, t, offset, job.strip, plan.problem->channels,
-                            rows.data + slots.of(b0, b) * rows.row);
+                pack_tensor(plan, codec, t, offset, job.strip, slots.of(b0, b), rows);
             }
         }
     }
@@ -289,8 +288,8 @@ struct ScoreWorker : ProductWorker<V> {
             this->pack_a(problem.query, job, block, tile);
             for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
                 ring.pack(plan, codec, problem.key, job, chunks.now);
-                score_chunk<V>(plan, block, tile, chunks.now, ring.slots, ring.rows, problem.channels,
-                               {this->a, this->a_row}, s, s_row, this->stream);
+                score_chunk<V>(plan, block, tile, chunks.now, ring.slots, ring.rows, {this->a, this->a_row}, T(1), s,
+                               s_row, this->stream);
                 write_scores(job, block, i, chunks.now);
             }
             write_rest(job, block, i);
@@ -354,7 +353,7 @@ struct WeighWorker : ProductWorker<V> {
             for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
                 ring.pack(plan, codec, problem.key, job, chunks.now);
                 read_weights(job, block, i, chunks.now);
-                weigh_chunk<V>(plan, block, tiles[i], chunks.now, ring.slots, ring.rows, problem.channels,
+                weigh_chunk<V>(plan, block, tiles[i], chunks.now, ring.slots, ring.rows,
                                dense_weights<V>(tiles[i], s, s_row), this->a, this->a_row);
             }
             this->unpack_a(problem.query, job, block, tiles[i]);
@@ -440,7 +439,7 @@ struct TransposedWorker : ProductWorker<V> {
             for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks);) {
                 ring.pack(plan, codec, problem.query, job, chunks.now);
                 read_weights(job, block, i, chunks.now);
-                weigh_chunk<V>(plan, block, tiles[i], chunks.now, ring.slots, ring.rows, problem.channels,
+                weigh_chunk<V>(plan, block, tiles[i], chunks.now, ring.slots, ring.rows,
                                dense_weights<V>(tiles[i], s, s_row), this->a, this->a_row);
             }
             this->unpack_a(problem.key, job, block, tiles[i]);
