@@ -27,10 +27,10 @@ LOCALATTN_INLINE void differentiate(int64_t n, typename V::reg lse, typename V::
 // keys, partial, key mask, p, ds) then sees them.
 template <class V, class Lse, class Delta, class Found>
 LOCALATTN_INLINE void differentiate_queries(const Plan &plan, const Codec<V> &codec, const KeyRing<V> &keys,
-                                            const BiasGradients &bias_gradients, const Job &job, const Block &block,
-                                            const LaneTile &tile, const Chunk &chunk, const Lse &lse_of,
-                                            const Delta &delta_of, typename V::T *s, typename V::T *dp, ptrdiff_t s_row,
-                                            const Found &found) {
+                                            const BiasGradients &bias_gradients, typename V::T *bias_scratch,
+                                            const Job &job, const Block &block, const LaneTile &tile,
+                                            const Chunk &chunk, const Lse &lse_of, const Delta &delta_of,
+                                            typename V::T *s, typename V::T *dp, ptrdiff_t s_row, const Found &found) {
     using T = typename V::T;
     using reg = typename V::reg;
     const Problem &problem = *plan.problem;
@@ -41,27 +41,33 @@ LOCALATTN_INLINE void differentiate_queries(const Plan &plan, const Codec<V> &co
         for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
             int64_t begin, end;
             present_rows(plan, block.row0, block.row + r, b0, begin, end);
-            for (int64_t b = most(begin, chunk.begin); b < least(end, chunk.end); ++b) {
-                const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
-                T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
-                const bool real = is_real(plan, block, r, b0, b);
-                if (!real) {
-                    if (!wants_bias) continue;
-                    for (int i = 0; i < pattern.slots * V::lanes; i += V::lanes) {
-                        V::store(scores + i, reg{});
-                        V::store(ds + i, reg{});
-                    }
+            begin = most(begin, chunk.begin);
+            end = least(end, chunk.end);
+            const auto real = [&](int64_t b) { return is_real(plan, block, r, b0, b); };
+            // Rows outside the map matter to the gradients of biases only.
+            while (!wants_bias && begin < end && !real(begin)) ++begin;
+            while (!wants_bias && begin < end && !real(end - 1)) --end;
+            if (begin >= end) continue;
+            const auto cell = [&](int64_t b) { return r * s_row + chunk.index(b0, b) * pattern.slots * V::lanes; };
+            for (int64_t b = begin; b < end; ++b) {
+                for (int i = 0; i < pattern.slots && !real(b); ++i) {
+                    V::store(s + cell(b) + i * V::lanes, reg{});
+                    V::store(dp + cell(b) + i * V::lanes, reg{});
                 }
-                const BiasRow row = bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b);
-                if (bias) codec.add_bias(plan, tile, row, T(log2_e), scores);
+            }
+            const BiasRow row = bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, begin);
+            if (bias) codec.add_query_bias(plan, tile, row, end - begin, T(log2_e), bias_scratch, s + cell(begin));
+            for (int64_t b = begin; b < end; ++b) {
+                T *scores = s + cell(b), *ds = dp + cell(b);
                 differentiate<V>(pattern.slots, lse, delta, scores, ds);
                 const bool partial =
                     problem.raster && b0 == plan.axis0.centre[block.row0] && b == plan.axis1.centre[block.row + r];
-                const typename V::Mask *key_mask = real ? keys.mask_of(b0, b, tile) : nullptr;
+                const typename V::Mask *key_mask = real(b) ? keys.mask_of(b0, b, tile) : nullptr;
                 mask_scores<V>(tile, partial, key_mask, reg{}, ds);
-                if (real) found(r, b, partial, key_mask, scores, ds);
-                if (wants_bias) add_bias_gradients<V>(plan, tile, row, bias_gradients, ds);
+                if (real(b)) found(r, b, partial, key_mask, scores, ds);
             }
+            if (wants_bias)
+                add_bias_gradients<V>(plan, tile, row, end - begin, bias_gradients, bias_scratch, dp + cell(begin));
         }
     }
 }
@@ -79,7 +85,7 @@ struct QueryPassWorker {
     LaneTile *tiles;
     int64_t tiles_strip = -1;
     KeyRing<V> ring;
-    T *q, *grad_o, *o, *grad_q, *s, *dp, *lse, *delta;
+    T *q, *grad_o, *o, *grad_q, *s, *dp, *lse, *delta, *bias_scratch;
     ptrdiff_t q_row, o_row, s_row;
     Stream stream;
 
@@ -100,6 +106,7 @@ struct QueryPassWorker {
         w.dp = arena.take<T>(plan.block_rows * w.s_row);
         w.lse = arena.take<T>(plan.block_rows * V::lanes);
         w.delta = arena.take<T>(plan.block_rows * V::lanes);
+        w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
     }
 
     int64_t offset(const Tensor &t, const Job &job, const Block &block, int r, const LaneTile &tile) const {
@@ -137,8 +144,8 @@ struct QueryPassWorker {
     void differentiate_chunk(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk) {
         const auto lse_of = [&](int r) { return V::load(lse + r * V::lanes); };
         const auto delta_of = [&](int r) { return V::load(delta + r * V::lanes); };
-        differentiate_queries<V>(plan, codec, ring, bias_gradients, job, block, tile, chunk, lse_of, delta_of, s, dp,
-                                 s_row, [](int, int64_t, bool, const Mask *, T *, T *) {});
+        differentiate_queries<V>(plan, codec, ring, bias_gradients, bias_scratch, job, block, tile, chunk, lse_of,
+                                 delta_of, s, dp, s_row, [](int, int64_t, bool, const Mask *, T *, T *) {});
     }
 
     void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {
@@ -322,8 +329,9 @@ struct KeyPassWorker {
                     const int64_t cell = chunk.index(b0, b) * pattern.slots * V::lanes;
                     T *scores = s + r * s_row + cell, *ds = dp + r * s_row + cell;
                     if (bias)
-                        codec.add_bias(plan, tile, bias_row(plan, job.batch, head, b0, b, block.row0, block.row + r),
-                                       T(log2_e), scores);
+                        codec.add_key_bias(plan, tile,
+                                           bias_row(plan, job.batch, head, b0, b, block.row0, block.row + r), T(log2_e),
+                                           scores);
                     for (int i = 0; i < pattern.slots; ++i) {
                         const int64_t column = pattern.column[i];
                         differentiate<V>(1, V::load(l + column), V::load(d + column), scores + i * V::lanes,

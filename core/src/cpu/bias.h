@@ -36,10 +36,17 @@ LOCALATTN_INLINE int64_t table_offset(const Tensor &t, const BiasRow &row) {
     return row.head * t.head + row.relative0 * t.axis[0] + row.relative1 * t.axis[1];
 }
 
-// s[slot][lane] += factor * bias, for all slots of a tile.
+// The same for consecutive rows of keys, the first of which `row` is about.
+LOCALATTN_INLINE BiasRow row_after(BiasRow row, int64_t rows) {
+    row.entry1 += rows;
+    row.relative1 += rows;
+    return row;
+}
+
+// Lanes that are keys: s[slot][lane] += factor * bias, for all slots of a tile and one row of queries, gathered.
 template <class V, class Element>
-static void add_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row, typename V::T factor,
-                     typename V::T *s) {
+static void add_key_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row, typename V::T factor,
+                         typename V::T *s) {
     using T = typename V::T;
     using reg = typename V::reg;
     const Problem &p = *plan.problem;
@@ -66,31 +73,15 @@ static void add_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row,
     term(p.bias, entries * p.bias.channel, p.bias.channel);
 
     const int64_t period = plan.lane_axis.query_period;
-    // With queries in the lanes, all slots belong to the same queries: what does not depend on the entry is the same
-    // for all, and entries that a border leaves out can be read (and masked later) where the query exists.
-    const bool of_queries = plan.a == Side::query;
-    const bool whole = pattern.uniform || (of_queries && pattern.alike && tile.count == V::lanes);
-    reg same{};
-    if (of_queries) {
-        int rest = 0;
-        for (int i = 0; i < count; ++i) {
-            const Term &t = terms[i];
-            if (t.entry == 0 && pattern.slots > 0)
-                same += gather<V>(t.data + pattern.query[0] * t.query, t.query * period, tile.count, T(0));
-            else
-                terms[rest++] = t;
-        }
-        count = rest;
-    }
     for (int slot = 0; slot < pattern.slots; ++slot) {
         const int32_t *entry = pattern.entry + slot * V::lanes;
-        reg sum = same;
+        reg sum{};
         if (table) sum += V::all(load_as<T>(table + pattern.relative[slot] * p.rel_pos_bias.axis[2]));
         for (int i = 0; i < count; ++i) {
             const Term &t = terms[i];
             const Element *data = t.data + pattern.query[slot] * t.query;
             const int64_t step = t.query * period;
-            if (whole) {
+            if (pattern.uniform) {
                 data += pattern.shared[slot] * t.entry;
                 sum += step == 0 ? V::all(load_as<T>(data)) : gather<V>(data, step, V::lanes, T(0));
             } else {
@@ -101,6 +92,83 @@ static void add_bias(const Plan &plan, const LaneTile &tile, const BiasRow &row,
             }
         }
         V::store(s + slot * V::lanes, V::load(s + slot * V::lanes) + V::all(factor) * sum);
+    }
+}
+
+// How many rows of keys the passes with queries in their lanes take at once, so that these rows' biases, transposed,
+// stay in the L1 cache; and the memory for that: [rows][entry][lane] of the bias, [entry][lane] of axis 2's,
+// [row][lane] of axis 1's.
+LOCALATTN_INLINE int64_t bias_rows_at_once(const Problem &p) {
+    return most(1, least(p.axis[1].kernel, 256 / p.axis[2].kernel));
+}
+template <class V>
+LOCALATTN_INLINE typename V::T *take_bias_scratch(const Problem &p, Arena &arena) {
+    if (!p.has_bias() && !p.wants_bias_gradient()) return nullptr;
+    const int64_t rows = bias_rows_at_once(p), kernel = p.axis[2].kernel;
+    return arena.take<typename V::T>((rows * kernel + kernel + rows) * V::lanes);
+}
+
+// Entries [first, first + count) of a bias of the tile's queries, as out[entry][lane].
+template <class V, class Element>
+LOCALATTN_INLINE void transpose_bias(const Plan &plan, const LaneTile &tile, const Tensor &t, const BiasRow &row,
+                                     int64_t first, int64_t count, typename V::T *out) {
+    using T = typename V::T;
+    const Element *data = static_cast<const Element *>(t.data) + query_offset(t, row) + first * t.channel +
+                          (tile.query + tile.phase) * t.axis[2];
+    if (t.axis[2] == 0) {
+        for (int64_t e = 0; e < count; ++e) V::store(out + e * V::lanes, V::all(load_as<T>(data + e * t.channel)));
+        return;
+    }
+    pack<V, Element>(data, plan.lane_axis.query_period * t.axis[2], t.channel, 0, tile.count, V::lanes, count, T(1),
+                     out, V::lanes);
+}
+
+// Lanes that are queries: s[row][slot][lane] += factor * bias for consecutive rows of keys. Pairs that do not exist get
+// something too, and have to be masked later.
+template <class V, class Element>
+static void add_query_bias(const Plan &plan, const LaneTile &tile, const BiasRow &first, int64_t rows,
+                           typename V::T factor, typename V::T *scratch, typename V::T *s) {
+    using T = typename V::T;
+    using reg = typename V::reg;
+    constexpr int L = V::lanes;
+    const Problem &p = *plan.problem;
+    const LanePattern &pattern = *tile.pattern;
+    const int64_t kernel = p.axis[2].kernel, at_once = bias_rows_at_once(p);
+    T *full = scratch, *axis2 = full + at_once * kernel * L, *axis1 = axis2 + kernel * L;
+    if (p.axis_bias[2].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[2], first, 0, kernel, axis2);
+    alignas(64) T axis0[L] = {};
+    if (p.axis_bias[0].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[0], first, first.entry0, 1, axis0);
+    for (int64_t done = 0; done < rows; done += at_once) {
+        const int64_t now = least(at_once, rows - done);
+        const BiasRow row = row_after(first, done);
+        if (p.bias.data)
+            transpose_bias<V, Element>(plan, tile, p.bias, row, (row.entry0 * p.axis[1].kernel + row.entry1) * kernel,
+                                       now * kernel, full);
+        if (p.axis_bias[1].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[1], row, row.entry1, now, axis1);
+        for (int64_t b = 0; b < now; ++b, s += pattern.slots * L) {
+            reg same = V::load(axis0);
+            if (p.axis_bias[1].data) same += V::load(axis1 + b * L);
+            const Element *table = static_cast<const Element *>(p.rel_pos_bias.data);
+            if (table) table += table_offset(p.rel_pos_bias, row_after(row, b));
+            for (int slot = 0; slot < pattern.slots; ++slot) {
+                reg sum = same;
+                if (table) sum += V::all(load_as<T>(table + pattern.relative[slot] * p.rel_pos_bias.axis[2]));
+                // Of terms by entry, each lane has its own where the tile's entries are not alike.
+                const auto add = [&](const T *term) __attribute__((always_inline)) {
+                    if (pattern.alike) {
+                        sum += V::load(term + pattern.shared[slot] * L);
+                        return;
+                    }
+                    const int32_t *entry = pattern.entry + slot * L;
+                    alignas(64) T value[L];
+                    for (int l = 0; l < L; ++l) value[l] = entry[l] >= 0 ? term[entry[l] * L + l] : T(0);
+                    sum += V::load(value);
+                };
+                if (p.bias.data) add(full + b * kernel * L);
+                if (p.axis_bias[2].data) add(axis2);
+                V::store(s + slot * L, V::load(s + slot * L) + V::all(factor) * sum);
+            }
+        }
     }
 }
 
@@ -121,56 +189,106 @@ LOCALATTN_INLINE void add_slot(const LaneTile &tile, const int32_t *entry, const
     }
 }
 
-// Adds the gradients of one row of scores, ds[slot][lane], in lane order to every bias gradient that is asked for.
+// The gradient of a bias that shares no number between pairs: written, a few rows of keys at a time.
 template <class V>
-static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const BiasRow &row, const BiasGradients &out,
-                               const typename V::T *ds) {
+LOCALATTN_INLINE void store_bias_gradient(const Plan &plan, const LaneTile &tile, const BiasRow &first, int64_t rows,
+                                          const Tensor &out, typename V::T *scratch, const typename V::T *ds) {
     using T = typename V::T;
-    using reg = typename V::reg;
+    constexpr int L = V::lanes;
     const Problem &p = *plan.problem;
     const LanePattern &pattern = *tile.pattern;
-    const int64_t entries = (row.entry0 * p.axis[1].kernel + row.entry1) * p.axis[2].kernel;
-    T *bias = static_cast<T *>(out.bias.data), *table = static_cast<T *>(out.table.data);
-    if (bias) bias += query_offset(out.bias, row) + entries * out.bias.channel;
-    if (table) table += table_offset(out.table, row);
-    T *axis[3];
-    for (int i = 0; i < 3; ++i) {
-        axis[i] = static_cast<T *>(out.axis[i].data);
-        if (axis[i]) axis[i] += query_offset(out.axis[i], row);
+    const int64_t kernel = p.axis[2].kernel, at_once = bias_rows_at_once(p), cell = pattern.slots * L;
+    bool by_entry = pattern.alike && pattern.slots == kernel;
+    for (int slot = 0; slot < pattern.slots && by_entry; ++slot) by_entry = pattern.shared[slot] == slot;
+    for (int64_t done = 0; done < rows; done += at_once) {
+        const int64_t now = least(at_once, rows - done);
+        const BiasRow row = row_after(first, done);
+        const T *g = ds + done * cell;
+        if (!by_entry) {
+            for (int64_t i = 0; i < now * kernel * L; i += L) V::store(scratch + i, typename V::reg{});
+            for (int64_t b = 0; b < now; ++b) {
+                for (int i = 0; i < pattern.slots * L; ++i)
+                    if (pattern.entry[i] >= 0) scratch[(b * kernel + pattern.entry[i]) * L + i % L] = g[b * cell + i];
+            }
+            g = scratch;
+        }
+        T *at = static_cast<T *>(out.data) + query_offset(out, row) +
+                (row.entry0 * p.axis[1].kernel + row.entry1) * kernel * out.channel +
+                (tile.query + tile.phase) * out.axis[2];
+        unpack<V, T>(g, tile.count, now * kernel, V::all(T(1)), at, plan.lane_axis.query_period * out.axis[2],
+                     out.channel);
     }
-    if (axis[0]) axis[0] += row.entry0 * out.axis[0].channel;
-    if (axis[1]) axis[1] += row.entry1 * out.axis[1].channel;
+}
 
-    // Pairs that do not exist have ds = 0, so that a slot's lanes can be summed without asking which do.
-    const int64_t period = plan.lane_axis.query_period;
-    // Sums over the lanes are for gradients that these share.
-    const bool summed = table || (bias && out.bias.axis[2] == 0) || (axis[2] && out.axis[2].axis[2] == 0);
-    for (int slot = 0; slot < pattern.slots; ++slot) {
-        const T *g = ds + slot * V::lanes;
-        const int32_t *entry = pattern.entry + slot * V::lanes;
+// Adds the gradients of consecutive rows of scores, ds[row][slot][lane], whose lanes are queries, to every bias
+// gradient that is asked for. Pairs that do not exist have ds = 0.
+template <class V>
+static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const BiasRow &first, int64_t rows,
+                               const BiasGradients &out, typename V::T *scratch, const typename V::T *ds) {
+    using T = typename V::T;
+    using reg = typename V::reg;
+    constexpr int L = V::lanes;
+    const Problem &p = *plan.problem;
+    const LanePattern &pattern = *tile.pattern;
+    if (pattern.slots == 0) return;
+    const int64_t kernel = p.axis[2].kernel, period = plan.lane_axis.query_period, cell = pattern.slots * L;
+    const auto total_of = [&](const T *g) {
         T total = 0;
-        for (int l = 0; summed && l < tile.count; ++l) total += g[l];
-        if (table) table[pattern.relative[slot] * out.table.axis[2]] += total;
-        if (bias) {
-            T *at = bias + (tile.query + pattern.query[slot]) * out.bias.axis[2];
-            add_slot<V>(tile, entry, g, total, at, period * out.bias.axis[2], out.bias.channel);
-        }
-        if (axis[2]) {
-            T *at = axis[2] + (tile.query + pattern.query[slot]) * out.axis[2].axis[2];
-            add_slot<V>(tile, entry, g, total, at, period * out.axis[2].axis[2], out.axis[2].channel);
+        for (int l = 0; l < tile.count; ++l) total += g[l];
+        return total;
+    };
+    // Where a tensor's numbers for the tile's first query lie.
+    const auto tile_of = [&](const Tensor &t) {
+        return static_cast<T *>(t.data) + query_offset(t, first) + (tile.query + tile.phase) * t.axis[2];
+    };
+
+    if (out.bias.data && out.bias_is_own) {
+        store_bias_gradient<V>(plan, tile, first, rows, out.bias, scratch, ds);
+    } else if (out.bias.data) {
+        const int64_t entries = (first.entry0 * p.axis[1].kernel + first.entry1) * kernel, query = out.bias.axis[2];
+        for (int64_t b = 0; b < rows; ++b) {
+            T *at = tile_of(out.bias) + (entries + b * kernel) * out.bias.channel;
+            for (int slot = 0; slot < pattern.slots; ++slot) {
+                const T *g = ds + b * cell + slot * L;
+                add_slot<V>(tile, pattern.entry + slot * L, g, query == 0 ? total_of(g) : T(0), at, period * query,
+                            out.bias.channel);
+            }
         }
     }
-    // The other axes' entries are the row's own: one sum over the slots for each query.
-    if (!axis[0] && !axis[1]) return;
-    reg over_slots{};
-    for (int slot = 0; slot < pattern.slots; ++slot) over_slots += V::load(ds + slot * V::lanes);
-    alignas(64) T sum[V::lanes];
-    V::store(sum, over_slots);
-    for (int i = 0; i < 2 && pattern.slots > 0; ++i) {
-        if (!axis[i]) continue;
-        T *at = axis[i] + (tile.query + pattern.query[0]) * out.axis[i].axis[2];
-        for (int l = 0; l < tile.count; ++l) at[l * period * out.axis[i].axis[2]] += sum[l];
+    if (out.table.data) {
+        for (int64_t b = 0; b < rows; ++b) {
+            T *table = static_cast<T *>(out.table.data) + table_offset(out.table, row_after(first, b));
+            for (int slot = 0; slot < pattern.slots; ++slot)
+                table[pattern.relative[slot] * out.table.axis[2]] += total_of(ds + b * cell + slot * L);
+        }
     }
+    // Along axis 2, all rows give to the same numbers; along the others, all slots of a row.
+    if (out.axis[2].data) {
+        const int64_t query = out.axis[2].axis[2];
+        for (int slot = 0; slot < pattern.slots; ++slot) {
+            reg sum{};
+            for (int64_t b = 0; b < rows; ++b) sum += V::load(ds + b * cell + slot * L);
+            alignas(64) T g[L];
+            V::store(g, sum);
+            add_slot<V>(tile, pattern.entry + slot * L, g, query == 0 ? total_of(g) : T(0), tile_of(out.axis[2]),
+                        period * query, out.axis[2].channel);
+        }
+    }
+    if (!out.axis[0].data && !out.axis[1].data) return;
+    reg all{};
+    const auto add_lanes = [&](const Tensor &t, int64_t entry, reg sum) {
+        T *at = tile_of(t) + entry * t.channel;
+        alignas(64) T g[L];
+        V::store(g, sum);
+        for (int l = 0; l < tile.count; ++l) at[l * period * t.axis[2]] += g[l];
+    };
+    for (int64_t b = 0; b < rows; ++b) {
+        reg sum{};
+        for (int slot = 0; slot < pattern.slots; ++slot) sum += V::load(ds + b * cell + slot * L);
+        all += sum;
+        if (out.axis[1].data) add_lanes(out.axis[1], first.entry1 + b, sum);
+    }
+    if (out.axis[0].data) add_lanes(out.axis[0], first.entry0, all);
 }
 
 }  // namespace localattn::cpu

@@ -34,6 +34,17 @@ void strides_of(const Tensor &t, int64_t (&stride)[axes]) {
     std::copy(all, all + axes, stride);
 }
 
+// Whether numbers of the gradient are shared along any of the first `some` axes.
+bool is_shared(const Problem &p, int which, int some) {
+    int64_t stride[axes];
+    strides_of(result_of(p, which), stride);
+    const Shape shape = shape_of(p, which);
+    // The table has no pixel axis, so that every pair of a head's adds to it.
+    bool shared = which == 1;
+    for (int i = 0; i < some; ++i) shared |= stride[i] == 0 && shape.extent[i] > 1;
+    return shared;
+}
+
 // A dense tensor over the axes that the result does not sum over.
 Tensor compact(const Problem &p, int which, int64_t &elements) {
     const Shape shape = shape_of(p, which);
@@ -111,13 +122,9 @@ BiasGroups make_bias_groups(const Problem &problem, int element, Arena &arena) {
     g.element = element;
     bool meet = false;
     for (int which = 0; which < gradients; ++which) {
-        const Tensor &t = result_of(problem, which);
-        if (!t.data) continue;
-        // The table has no pixel axis, so that every job of a head adds to it.
-        int64_t stride[axes], elements;
-        strides_of(t, stride);
-        const Shape shape = shape_of(problem, which);
-        for (int i = 0; i < axes - 1; ++i) meet |= which == 1 || (stride[i] == 0 && shape.extent[i] > 1);
+        if (!result_of(problem, which).data) continue;
+        int64_t elements;
+        meet |= is_shared(problem, which, axes - 1);
         compact(problem, which, elements);
         g.copy_elements += elements;
     }
@@ -137,6 +144,7 @@ void clear(const BiasGroups &g) {
 
 BiasGradients gradients_of(const BiasGroups &g, int64_t group) {
     BiasGradients out;
+    out.bias_is_own = !is_shared(*g.problem, 0, axes);
     int64_t base = group * g.copy_elements;
     for (int which = 0; which < gradients; ++which) {
         const Tensor &result = result_of(*g.problem, which);

@@ -8,6 +8,7 @@ namespace localattn::cpu {
 
 struct BiasGradients {
     Tensor bias, table, axis[3];
+    bool bias_is_own = false;  // no two pairs share a number of the bias
     bool any() const { return bias.data || table.data || axis[0].data || axis[1].data || axis[2].data; }
 };
 

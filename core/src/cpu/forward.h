@@ -23,7 +23,7 @@ struct ForwardWorker {
     LaneTile *tiles;
     int64_t tiles_strip = -1;
     KeyRing<V> ring;
-    T *q, *o, *s, *maximum, *sum;
+    T *q, *o, *s, *maximum, *sum, *bias_scratch;
     ptrdiff_t q_row, o_row, s_row;
     Stream stream;
 
@@ -41,6 +41,7 @@ struct ForwardWorker {
         w.s = arena.take<T>(plan.block_rows * w.s_row);
         w.maximum = arena.take<T>(plan.block_rows * V::lanes);
         w.sum = arena.take<T>(plan.block_rows * V::lanes);
+        w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
     }
 
     // What the micro-kernel left out: rows outside the map, biases, masks.
@@ -52,19 +53,24 @@ struct ForwardWorker {
             for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
                 int64_t begin, end;
                 present_rows(plan, block.row0, block.row + r, b0, begin, end);
-                for (int64_t b = most(begin, chunk.begin); b < least(end, chunk.end); ++b) {
-                    T *row = s + r * s_row + chunk.index(b0, b) * pattern.slots * V::lanes;
-                    const bool real = is_real(plan, block, r, b0, b);
-                    if (!real)
-                        for (int i = 0; i < pattern.slots; ++i) V::store(row + i * V::lanes, reg{});
-                    if (bias)
-                        codec.add_bias(plan, tile,
-                                       bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, b), T(log2_e),
-                                       row);
+                begin = most(begin, chunk.begin);
+                end = least(end, chunk.end);
+                if (begin >= end) continue;
+                const auto row = [&](int64_t b) {
+                    return s + r * s_row + chunk.index(b0, b) * pattern.slots * V::lanes;
+                };
+                const auto real = [&](int64_t b) { return is_real(plan, block, r, b0, b); };
+                for (int64_t b = begin; b < end; ++b)
+                    for (int i = 0; i < pattern.slots && !real(b); ++i) V::store(row(b) + i * V::lanes, reg{});
+                if (bias)
+                    codec.add_query_bias(plan, tile,
+                                         bias_row(plan, job.batch, job.head, block.row0, block.row + r, b0, begin),
+                                         end - begin, T(log2_e), bias_scratch, row(begin));
+                for (int64_t b = begin; b < end; ++b) {
                     const bool partial =
                         problem.raster && b0 == plan.axis0.centre[block.row0] && b == plan.axis1.centre[block.row + r];
-                    mask_scores<V>(tile, partial, real ? ring.mask_of(b0, b, tile) : nullptr,
-                                   V::all(-T(__builtin_inf())), row);
+                    mask_scores<V>(tile, partial, real(b) ? ring.mask_of(b0, b, tile) : nullptr,
+                                   V::all(-T(__builtin_inf())), row(b));
                 }
             }
         }

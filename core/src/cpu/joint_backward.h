@@ -34,6 +34,7 @@ struct JointWorker {
     T *p_plane, *ds_plane;  // [key row][query row of a block][plane][column]
     T *words;               // of a tile of keys: [key row][query row of a block][slot][lane]
     T *grad_k, *grad_v;
+    T *bias_scratch;
     ptrdiff_t s_row, grad_q_row, k_row, v_row;
     Stream stream;
 
@@ -70,6 +71,7 @@ struct JointWorker {
         w.v_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
         w.grad_k = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.k_row);
         w.grad_v = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.v_row);
+        w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
     }
     int64_t plane_elements() const { return plan.block_rows * plan.block_rows * pair_step(); }
 
@@ -132,7 +134,7 @@ struct JointWorker {
             return V::load(numbers + ring.slots.of(block.row0, block.row + r) * plan.packed + at);
         };
         differentiate_queries<V>(
-            by_query, codec, keys, owned ? bias_gradients : BiasGradients{}, job, block, tile, chunk,
+            by_query, codec, keys, owned ? bias_gradients : BiasGradients{}, bias_scratch, job, block, tile, chunk,
             [&](int r) { return load(ring.lse, r); }, [&](int r) { return load(ring.delta, r); }, s, dp, s_row,
             [&](int r, int64_t b, bool partial, const Mask *key_mask, T *p, T *ds) {
                 if (!to_planes) return;

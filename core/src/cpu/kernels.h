@@ -15,7 +15,8 @@ inline constexpr int64_t ring_bytes = 600 * 1024, forward_score_bytes = 256 * 10
 
 template <class V, class Element>
 LOCALATTN_INLINE Codec<V> make_codec() {
-    return {pack<V, Element>, unpack<V, Element>, add_bias<V, Element>, sizeof(Element)};
+    return {pack<V, Element>, unpack<V, Element>, add_query_bias<V, Element>, add_key_bias<V, Element>,
+            sizeof(Element)};
 }
 
 // The same of a vector whose operands are words.
