@@ -66,9 +66,9 @@ Tensor compact(const Problem &p, int which, int64_t &elements) {
     return t;
 }
 
-// Calls visit(result offset, compact offset) once for every element of the result.
+// Calls visit(result offset, step, compact offset, step, count) for the runs of window entries that make up the result.
 template <class Visit>
-void each_element(const Problem &p, int which, Visit visit) {
+void each_run(const Problem &p, int which, Visit visit) {
     Shape shape = shape_of(p, which);
     int64_t from[axes], to[axes], elements;
     strides_of(result_of(p, which), from);
@@ -83,7 +83,7 @@ void each_element(const Problem &p, int which, Visit visit) {
             source += at[i] * from[i];
             target += at[i] * to[i];
         }
-        for (int64_t j = 0; j < run; ++j) visit(source + j * from[axes - 1], target + j * to[axes - 1]);
+        visit(source, from[axes - 1], target, to[axes - 1], run);
         for (int i = axes - 2; i >= 0 && ++at[i] == shape.extent[i]; --i) at[i] = 0;
     }
 }
@@ -92,7 +92,11 @@ template <class T>
 void clear_results(const BiasGroups &g) {
     for (int which = 0; which < gradients; ++which) {
         T *data = static_cast<T *>(result_of(*g.problem, which).data);
-        if (data) each_element(*g.problem, which, [=](int64_t source, int64_t) { data[source] = 0; });
+        if (!data) continue;
+        each_run(*g.problem, which, [=](int64_t source, int64_t step, int64_t, int64_t, int64_t count) {
+            if (step == 1) std::fill_n(data + source, count, T(0));
+            for (int64_t j = 0; step != 1 && j < count; ++j) data[source + j * step] = 0;
+        });
     }
 }
 
@@ -103,10 +107,12 @@ void reduce_copies(const BiasGroups &g) {
         T *data = static_cast<T *>(result_of(*g.problem, which).data);
         if (!data) continue;
         const T *copies = static_cast<const T *>(g.copies) + base;
-        each_element(*g.problem, which, [&](int64_t source, int64_t target) {
-            T sum = 0;
-            for (int64_t i = 0; i < g.groups; ++i) sum += copies[i * g.copy_elements + target];
-            data[source] = sum;
+        each_run(*g.problem, which, [&](int64_t source, int64_t step, int64_t target, int64_t next, int64_t count) {
+            for (int64_t j = 0; j < count; ++j) {
+                T sum = 0;
+                for (int64_t i = 0; i < g.groups; ++i) sum += copies[i * g.copy_elements + target + j * next];
+                data[source + j * step] = sum;
+            }
         });
         int64_t elements;
         compact(*g.problem, which, elements);
