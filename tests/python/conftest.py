@@ -47,6 +47,12 @@ def variant(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_compiler_cache(tmp_path_factory):
+    """Where torch.compile keeps what it built: in one place for all, another process may load a file half written."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_results(request):
     """Memory that torch hands out uninitialised is filled with NaN, so that what a kernel leaves unwritten shows."""
