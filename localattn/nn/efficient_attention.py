@@ -56,10 +56,10 @@ class EfficientAttention(nn.Module):
         self.key_channels = key_channels
         self.head_count = head_count
         self.value_channels = value_channels
-        self.keys = PointwiseConv2d(context_channels, key_channels, device, dtype)
-        self.queries = PointwiseConv2d(in_channels, key_channels, device, dtype)
-        self.values = PointwiseConv2d(context_channels, value_channels, device, dtype)
-        self.reprojection = PointwiseConv2d(value_channels, in_channels, device, dtype)
+        self.keys = PointwiseConv2d(context_channels, key_channels, device=device, dtype=dtype)
+        self.queries = PointwiseConv2d(in_channels, key_channels, device=device, dtype=dtype)
+        self.values = PointwiseConv2d(context_channels, value_channels, device=device, dtype=dtype)
+        self.reprojection = PointwiseConv2d(value_channels, in_channels, device=device, dtype=dtype)
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, *, key_mask: Tensor | None = None, return_maps: bool = False

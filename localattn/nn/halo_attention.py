@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._operators import local_attention
 from ._layout import join_heads, split_heads
+from ._pointwise import PointwiseConv2d, pointwise
 
 
 def _rounded_to_eight(channels: float) -> int:
@@ -149,8 +152,8 @@ class HaloAttn(nn.Module):
         query_stride = 1 if pooled else stride
 
         options = {"bias": qkv_bias, "device": device, "dtype": dtype}
-        self.q = nn.Conv2d(dim, num_heads * self.dim_head_qk, 1, stride=query_stride, **options)
-        self.kv = nn.Conv2d(dim, num_heads * (self.dim_head_qk + self.dim_head_v), 1, **options)
+        self.q = PointwiseConv2d(dim, num_heads * self.dim_head_qk, stride=query_stride, **options)
+        self.kv = PointwiseConv2d(dim, num_heads * (self.dim_head_qk + self.dim_head_v), **options)
         self.pos_embed = RelativePositionLogits(
             block_size // query_stride, self.window, self.dim_head_qk, self.scale, device, dtype
         )
@@ -173,10 +176,8 @@ class HaloAttn(nn.Module):
                     "or set auto_pad=True"
                 )
         query = split_heads(self.q(x), self.num_heads)
-        # Split while channels come first, so that the two gradients are joined in the layout the projection's takes.
-        per_head = self.kv(x).unflatten(1, (self.num_heads, -1)).split((self.dim_head_qk, self.dim_head_v), dim=2)
-        key, value = (part.permute(0, 3, 4, 1, 2) for part in per_head)
         rows, columns = self.pos_embed(query * self.scale if self.scale_pos_embed else query)
+        key, value = self._project_keys_and_values(x)  # last: what the logits took is free again
         output = local_attention(
             query,
             key,
@@ -188,6 +189,18 @@ class HaloAttn(nn.Module):
             axis_bias=(rows, columns),
         )
         return self.pool(join_heads(output))
+
+    def _project_keys_and_values(self, x: Tensor) -> list[Tensor]:
+        """``kv`` in two products, so that the gradients of keys and values need not be joined."""
+        channels = (self.dim_head_qk, self.dim_head_v)
+
+        def parts(x: Tensor | None) -> Sequence[Tensor | None]:  # the rows of a head's keys, then those of its values
+            if x is None:
+                return None, None
+            return [part.flatten(0, 1) for part in x.unflatten(0, (self.num_heads, -1)).split(channels, dim=1)]
+
+        projections = zip(parts(self.kv.weight), parts(self.kv.bias))
+        return [split_heads(pointwise(x, weight, bias), self.num_heads) for weight, bias in projections]
 
     def extra_repr(self) -> str:
         return (
