@@ -1,6 +1,8 @@
-"""1x1 convolutions as matrix products."""
+"""Layers that map each pixel by one matrix."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,3 +31,22 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int
     matrix, pixels = weight.flatten(1).expand(x.shape[0], -1, -1), x.flatten(2)
     product = torch.bmm(matrix, pixels) if bias is None else torch.baddbmm(bias[:, None], matrix, pixels)
     return product.unflatten(2, x.shape[2:])
+
+
+def only_multiplies(layer: nn.Module) -> bool:
+    """Whether all that ``layer`` does is to multiply by its weight and add its bias, so that both may be used in its
+    place: it is of exactly the type that this package makes, not wrapped, and without hooks."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) in (nn.Linear, PointwiseConv2d) and not any(hooks)
+
+
+def project_in_parts(
+    layer: nn.Module, x: Tensor, cut: Callable[[Tensor, int], Sequence[Tensor]], dim: int
+) -> Sequence[Tensor]:
+    """``cut(layer(x), dim)``, by one product for each part, so that the gradients of the parts need not be joined."""
+    if not only_multiplies(layer):
+        return cut(layer(x), dim)
+    product = F.linear if isinstance(layer, nn.Linear) else pointwise
+    weights = cut(layer.weight, 0)
+    biases = [None] * len(weights) if layer.bias is None else cut(layer.bias, 0)
+    return [product(x, weight, bias) for weight, bias in zip(weights, biases)]

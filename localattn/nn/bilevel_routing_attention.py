@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._operators import routed_attention
 from ._layout import join_heads, split_heads
+from ._pointwise import PointwiseConv2d, project_in_parts
 
 KV_DOWNSAMPLE_MODES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
 
@@ -39,7 +40,9 @@ class QKVLinear(nn.Module):
         self.qkv = nn.Linear(dim, 2 * qk_dim + dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.qkv(x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
+        return project_in_parts(
+            self.qkv, x, lambda joint, dim: joint.split((self.qk_dim, self.qk_dim, self.dim), dim), -1
+        )
 
 
 class TopkRouting(nn.Module):
@@ -293,8 +296,8 @@ class nchwBRA(nn.Module):
         self.scale = qk_scale or dim**-0.5
         self.topk = topk
         self.lepe = _depthwise(dim, side_dwconv, **factory) if side_dwconv else None
-        self.qkv_linear = nn.Conv2d(dim, 3 * dim, 1, **factory)
-        self.output_linear = nn.Conv2d(dim, dim, 1, **factory)
+        self.qkv_linear = PointwiseConv2d(dim, 3 * dim, **factory)
+        self.output_linear = PointwiseConv2d(dim, dim, **factory)
 
     def forward(self, x: Tensor, ret_attn_mask: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """
@@ -315,7 +318,7 @@ class nchwBRA(nn.Module):
                 f"topk={self.topk} is more than the {grid[0]} x {grid[1]} regions of {region_size[0]} x "
                 f"{region_size[1]} pixels that n_win={self.n_win} cuts {height} x {width} into: lower it"
             )
-        query, key, value = self.qkv_linear(x).chunk(3, dim=1)
+        query, key, value = project_in_parts(self.qkv_linear, x, lambda joint, dim: joint.chunk(3, dim), 1)
 
         means = [
             F.avg_pool2d(part.detach(), region_size, ceil_mode=True, count_include_pad=False).flatten(2)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .._operators import linear_attention
 from ._layout import join_heads, split_heads
-from ._pointwise import PointwiseConv2d
+from ._pointwise import PointwiseConv2d, only_multiplies
 
 
 class EfficientAttention(nn.Module):
@@ -17,8 +17,8 @@ class EfficientAttention(nn.Module):
     ``value_channels = in_channels`` and one head.
 
     As all but the softmaxes is linear, what projects pixels in the original projects here the small context: values are
-    summed up before ``values``, and with one head ``reprojection`` follows before the queries do. The results are the
-    same; neither values nor normalised keys and queries are ever stored.
+    summed up before ``values``, and ``reprojection`` follows before the queries do. The results are the same; neither
+    values nor normalised keys are ever stored, nor what the heads give.
 
     Differs from the original: channels that the heads do not divide are refused, and the options after
     ``value_channels`` and of ``forward``.
@@ -74,25 +74,30 @@ class EfficientAttention(nn.Module):
                 the sum of the D maps of the keys, weighted by its query.
         """
         context = x if context is None else context
-        query, key = split_heads(self.queries(x), self.head_count), split_heads(self.keys(context), 1)
-        sums = _sum_up(key, split_heads(context, 1), key_mask)  # (B, key_channels, context_channels)
-        per_head = sums.unflatten(1, (self.head_count, -1))
-        values = self.values.weight.flatten(1).unflatten(0, (self.head_count, -1))
-        summary = torch.einsum("bhkc,hvc->bhkv", per_head, values)
-        summary = summary + self._value_bias(context, key_mask)
-        if self.head_count == 1:
-            # A query's weights sum to one, so that a bias may be added on this side of them.
-            summary = summary @ self.reprojection.weight.flatten(1).T + self.reprojection.bias
-            output = join_heads(_look_up(query, summary))
+        query, key = self.queries(x).unflatten(1, (self.head_count, -1)), self.keys(context)
+        maps = (query, key.unflatten(1, (self.head_count, -1))) if return_maps else ()
+        if only_multiplies(self.values) and only_multiplies(self.reprojection):
+            weights = query.softmax(2).flatten(1, 2).flatten(2)
+            del query
+            output = _add_product(x, self._project_context(key, context, key_mask), weights)
         else:
-            output = self.reprojection(join_heads(_look_up(query, summary)))
-        maps = (query, split_heads(join_heads(key), self.head_count)) if return_maps else ()
-        del query, key  # so that the sum may take their memory
-        in_place = output.dtype == x.dtype and not output.requires_grad  # dtypes differ under autocast
-        output = output.add_(x) if in_place else output + x
+            query, key, value = (
+                split_heads(part, self.head_count) for part in (query.flatten(1, 2), key, self.values(context))
+            )
+            output = self.reprojection(join_heads(linear_attention(query, key, value, key_mask=key_mask))) + x
         if not return_maps:
             return output
         return (output, *_maps(*maps, key_mask))
+
+    def _project_context(self, key: Tensor, context: Tensor, key_mask: Tensor | None) -> Tensor:
+        """What each channel of the queries contributes to the result, ``(B, in_channels, key_channels)``."""
+        sums = _sum_up(split_heads(key, 1), split_heads(context, 1), key_mask).unflatten(1, (self.head_count, -1))
+        values = self.values.weight.flatten(1).unflatten(0, (self.head_count, -1))
+        summary = torch.einsum("bhkc,hvc->bhkv", sums, values) + self._value_bias(context, key_mask)
+        reprojection = self.reprojection.weight.flatten(1).unflatten(1, (self.head_count, -1))
+        projected = torch.einsum("bhkv,ohv->bohk", summary, reprojection)
+        # The weights of a head's query sum to one, so that a bias may be added on this side of them.
+        return (projected + (self.reprojection.bias / self.head_count)[:, None, None]).flatten(2)
 
     def _value_bias(self, context: Tensor, key_mask: Tensor | None) -> Tensor:
         """``(B or 1, head_count, 1, D)``: the values' bias, or nothing where no position takes part."""
@@ -120,20 +125,19 @@ def _sum_up(key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
     return linear_attention(query, key, value, key_mask=key_mask)[:, 0, :, 0]
 
 
-def _look_up(query: Tensor, summary: Tensor) -> Tensor:
-    """``query (B, H, W, heads, D)``, normalised over channels, times ``summary (B, heads, D, C)``: ``(B, H, W, heads,
-    C)``. As linear attention, on D positions each of which is one channel's only key."""
-    batch, _, _, heads, channels = query.shape
-    key = _one_hot(channels, query)[:, None].expand(batch, 1, -1, heads, -1)
-    return linear_attention(query, key, summary.transpose(1, 2).unsqueeze(1))
+def _add_product(x: Tensor, matrix: Tensor, weights: Tensor) -> Tensor:
+    """``x (B, C, H, W)`` plus ``matrix (B, C, D)`` times ``weights (B, D, H * W)``."""
+    if torch.is_autocast_enabled(x.device.type):  # the product's dtype is another, the sum's is x's
+        return (matrix @ weights).unflatten(2, x.shape[2:]) + x
+    return torch.baddbmm(x.flatten(2), matrix, weights).unflatten(2, x.shape[2:])
 
 
 def _maps(query: Tensor, key: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    maps = key.flatten(1, 2)
+    """``query (B, heads, D, H, W)`` normalised over D, ``key (B, heads, D, Hk, Wk)`` over positions."""
+    maps = key.flatten(3)
     if key_mask is None:
-        maps = maps.softmax(1)
+        maps = maps.softmax(3)
     else:
-        left_out = ~key_mask.flatten(1)[..., None, None]
-        maps = maps.masked_fill(left_out, float("-inf")).softmax(1).masked_fill(left_out, 0)
-    maps = maps.unflatten(1, key.shape[1:3])
-    return query.softmax(-1).permute(0, 3, 4, 1, 2), maps.permute(0, 3, 4, 1, 2)
+        left_out = ~key_mask.flatten(1)[:, None, None]
+        maps = maps.masked_fill(left_out, float("-inf")).softmax(3).masked_fill(left_out, 0)
+    return query.softmax(2), maps.unflatten(3, key.shape[3:])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._operators import local_attention
 from ._layout import join_heads, split_heads
-from ._pointwise import PointwiseConv2d, pointwise
+from ._pointwise import PointwiseConv2d, project_in_parts
 
 
 def _rounded_to_eight(channels: float) -> int:
@@ -177,7 +175,9 @@ class HaloAttn(nn.Module):
                 )
         query = split_heads(self.q(x), self.num_heads)
         rows, columns = self.pos_embed(query * self.scale if self.scale_pos_embed else query)
-        key, value = self._project_keys_and_values(x)  # last: what the logits took is free again
+        key, value = (
+            split_heads(part, self.num_heads) for part in project_in_parts(self.kv, x, self._keys_and_values, 1)
+        )
         output = local_attention(
             query,
             key,
@@ -190,17 +190,10 @@ class HaloAttn(nn.Module):
         )
         return self.pool(join_heads(output))
 
-    def _project_keys_and_values(self, x: Tensor) -> list[Tensor]:
-        """``kv`` in two products, so that the gradients of keys and values need not be joined."""
-        channels = (self.dim_head_qk, self.dim_head_v)
-
-        def parts(x: Tensor | None) -> Sequence[Tensor | None]:  # the rows of a head's keys, then those of its values
-            if x is None:
-                return None, None
-            return [part.flatten(0, 1) for part in x.unflatten(0, (self.num_heads, -1)).split(channels, dim=1)]
-
-        projections = zip(parts(self.kv.weight), parts(self.kv.bias))
-        return [split_heads(pointwise(x, weight, bias), self.num_heads) for weight, bias in projections]
+    def _keys_and_values(self, projected: Tensor, dim: int) -> list[Tensor]:
+        """The channels of the keys of all heads, and of the values, where ``kv`` has those of one head together."""
+        per_head = projected.unflatten(dim, (self.num_heads, -1))
+        return [part.flatten(dim, dim + 1) for part in per_head.split((self.dim_head_qk, self.dim_head_v), dim + 1)]
 
     def extra_repr(self) -> str:
         return (

@@ -128,6 +128,43 @@ def test_autocast(name):
     assert x.grad.isfinite().all()
 
 
+class Doubled(torch.nn.Module):
+    """A layer wrapped as adapters wrap it: what it holds under the layer's names is not what it computes."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+PROJECTIONS = {
+    "HaloAttn": ("q", "kv"),
+    "BiLevelRoutingAttention": ("qkv.qkv", "wo"),
+    "nchwBRA": ("qkv_linear", "output_linear"),
+    "EfficientAttention": ("queries", "keys", "values", "reprojection"),
+}
+
+
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, paths in PROJECTIONS.items() for path in paths])
+def test_wrapped_and_hooked_projections_count(name, path):
+    module, x = all_regions(name)  # so that routing changes no choice
+    parent, _, child = path.rpartition(".")
+    layer = module.get_submodule(path)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter *= 2
+        expected = module(x)
+        for parameter in layer.parameters():
+            parameter /= 2
+    handle = layer.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    close(module(x), expected)
+    handle.remove()
+    setattr(module.get_submodule(parent), child, Doubled(layer))
+    close(module(x), expected)
+
+
 @every_module
 def test_empty_batch(name):
     module, x = make(name)
