@@ -38,6 +38,27 @@ def inputs(name, dtype=torch.float64, channels=5, width=6, heads=2, requires_gra
     return query, key, value, index, weight, {"region_size": size, "kv_region_size": kv_size}
 
 
+@pytest.mark.parametrize("step", [0.02, 2.0, 60.0, 3e4])
+def test_scores_that_rise_and_fall_from_key_to_key(step, variant):
+    """The softmax streams over the keys: for half of the queries each score is higher than all before, by little, or
+    by more than an exponential holds; for the others lower; some queries see all alike."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 20, 20, 1, channels) for channels in (3, 3, 5))
+    query[..., 0] = torch.randint(-1, 2, query.shape[:-1])
+    index = torch.arange(4).expand(1, 4, 4)
+    of_region = torch.arange(400.0).view(2, 2, 10, 10).transpose(1, 2).reshape(1, 20, 20, 1)
+    key[..., 0] = (of_region - 200) * step
+    results = [
+        function.routed_attention(*tensors, index, 10, scale=1.0, return_lse=True)
+        for function, tensors in (
+            (localattn, (query, key, value)),
+            (reference, (query.double(), key.double(), value.double())),
+        )
+    ]
+    for got, want in zip(*results):
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("weighted", [False, True])

@@ -116,7 +116,7 @@ struct Blocked {
         T *q_rows, *grad_o_rows;    // by position
         T *s, *dp;                  // [entries][row]
         T *bias[2], *grad_bias[2];  // [kernel][row]
-        T *maximum, *total, *lse, *delta;
+        T *reference, *total, *lse, *delta;
         T *scratch;                  // for unpacking
         T *grad_keys, *grad_values;  // [strip_height][keys of a row][key_row or value_row]
     };
@@ -140,7 +140,7 @@ struct Blocked {
             w.bias[a] = arena.take<T>(p.axis_bias[a + 1].data ? p.axis[a + 1].kernel * row : 0);
             w.grad_bias[a] = arena.take<T>(p.grad_axis_bias[a + 1].data ? p.axis[a + 1].kernel * row : 0);
         }
-        w.maximum = arena.take<T>(row);
+        w.reference = arena.take<T>(row);
         w.total = arena.take<T>(row);
         w.lse = arena.take<T>(row);
         w.delta = arena.take<T>(row);
@@ -256,8 +256,8 @@ struct Blocked {
                     V::store(s + v * row + i, columns_biased ? of_row + V::load(by_column + v * row + i) : of_row);
             }
             if (x.on_map(u))
-                multiply<V>(window_row(w.keys, x, u, key_row), 1, key_row, w.q, row, p.channels, s + x.before() * row,
-                            row, x.inside(), wide);
+                add_product<V>(window_row(w.keys, x, u, key_row), 1, key_row, w.q, row, p.channels,
+                               s + x.before() * row, row, x.inside(), wide);
         }
     }
     template <class Visit>
@@ -276,7 +276,7 @@ struct Blocked {
 
     void attend(const Block &x, const Buffers &w) const {
         const int64_t wide = x.wide();
-        const StreamedSoftmax<V> softmax{w.maximum, w.total};
+        const StreamedSoftmax<V> softmax{w.reference, w.total};
         load(p.query, x, p.channels, T(p.scale * log2_e), w.q);
         load_biases(x, w);
         for (int64_t e = 0; e < p.value_channels; ++e) clear<V>(w.sum + e * row, wide);
@@ -285,8 +285,8 @@ struct Blocked {
             score(x, begin, end, w);
             softmax.add(softmax, w.s, row, (end - begin) * x.width(), wide, w.sum, p.value_channels);
             each_row_on_map(x, begin, end, [&](int64_t u, int64_t entry) {
-                multiply<V>(window_row(w.values, x, u, value_row), value_row, 1, w.s + entry, row, x.inside(), w.sum,
-                            row, p.value_channels, wide);
+                add_product<V>(window_row(w.values, x, u, value_row), value_row, 1, w.s + entry, row, x.inside(), w.sum,
+                               row, p.value_channels, wide);
             });
         });
         softmax.finish(softmax, row, wide, w.sum, p.value_channels, w.lse);
@@ -378,21 +378,21 @@ struct Blocked {
             score(x, begin, end, w);
             clear<V>(w.dp, (end - begin) * x.width() * row);
             each_row_on_map(x, begin, end, [&](int64_t u, int64_t entry) {
-                multiply<V>(window_row(w.values, x, u, value_row), 1, value_row, w.grad_o, row, p.value_channels,
-                            w.dp + entry, row, x.inside(), wide);
+                add_product<V>(window_row(w.values, x, u, value_row), 1, value_row, w.grad_o, row, p.value_channels,
+                               w.dp + entry, row, x.inside(), wide);
             });
             differentiate(x, begin, end, w);
             each_row_on_map(x, begin, end, [&](int64_t u, int64_t entry) {
                 const int64_t at = (x.y->window.start + u - first_row) * keys + x.x->begin();
                 if (p.grad_query.data)
-                    multiply<V>(window_row(w.keys, x, u, key_row), key_row, 1, w.dp + entry, row, x.inside(), w.sum,
-                                row, p.channels, wide);
+                    add_product<V>(window_row(w.keys, x, u, key_row), key_row, 1, w.dp + entry, row, x.inside(), w.sum,
+                                   row, p.channels, wide);
                 if (p.grad_key.data)
-                    multiply<V>(w.dp + entry, 1, row, w.q_rows, key_row, x.count, w.grad_keys + at * key_row, key_row,
-                                x.inside(), key_row);
+                    add_product<V>(w.dp + entry, 1, row, w.q_rows, key_row, x.count, w.grad_keys + at * key_row,
+                                   key_row, x.inside(), key_row);
                 if (p.grad_value.data)
-                    multiply<V>(w.s + entry, 1, row, w.grad_o_rows, value_row, x.count, w.grad_values + at * value_row,
-                                value_row, x.inside(), value_row);
+                    add_product<V>(w.s + entry, 1, row, w.grad_o_rows, value_row, x.count,
+                                   w.grad_values + at * value_row, value_row, x.inside(), value_row);
             });
         });
         if (p.grad_query.data)

@@ -149,7 +149,7 @@ struct Linear {
                 }
                 total[c] += added;
             }
-            multiply<V>(w.a, 1, chunk_row, w.by_position, context_row, n, sum, context_row, p.channels, context_row);
+            add_product<V>(w.a, 1, chunk_row, w.by_position, context_row, n, sum, context_row, p.channels, context_row);
         });
     }
     // NaN, once there, stays.
@@ -191,9 +191,8 @@ struct Linear {
         query_chunk(job, b, h, first, n);
         const int64_t wide = whole_lanes(n, V::lanes);
         load_queries(b, h, first, n, w.a);
-        for (int64_t e = 0; e < p.value_channels; ++e) clear<V>(w.b + e * chunk_row, wide);
-        multiply<V>(context_of(b, h), context_row, 1, w.a, chunk_row, p.channels, w.b, chunk_row, p.value_channels,
-                    wide);
+        set_product<V>(context_of(b, h), context_row, 1, w.a, chunk_row, p.channels, w.b, chunk_row, p.value_channels,
+                       wide);
         unpack_by_channel(codec, w.b, chunk_row, p.output, queries(p.output, b, h), first, n, p.value_channels, T(1),
                           w.scratch);
     }
@@ -234,15 +233,14 @@ struct Linear {
                        if (p.grad_key.data || p.grad_value.data) {
                            pack_by_position(codec, p.grad_output, queries(p.grad_output, b, h), first, n,
                                             p.value_channels, T(1), w.by_position);
-                           multiply<V>(w.a, 1, chunk_row, w.by_position, context_row, n, sum, context_row, p.channels,
-                                       context_row);
+                           add_product<V>(w.a, 1, chunk_row, w.by_position, context_row, n, sum, context_row,
+                                          p.channels, context_row);
                        }
                        if (!p.grad_query.data) return;
                        pack_by_channel(codec, p.grad_output, queries(p.grad_output, b, h), first, n, p.value_channels,
                                        T(1), w.b, chunk_row);
-                       for (int64_t c = 0; c < p.channels; ++c) clear<V>(w.c + c * chunk_row, wide);
-                       multiply<V>(context_of(b, h), 1, context_row, w.b, chunk_row, p.value_channels, w.c, chunk_row,
-                                   p.channels, wide);
+                       set_product<V>(context_of(b, h), 1, context_row, w.b, chunk_row, p.value_channels, w.c,
+                                      chunk_row, p.channels, wide);
                        for (int64_t i = 0; i < n; i += V::lanes) {
                            reg mean{};
                            for (int64_t c = 0; c < p.channels; ++c)
@@ -286,15 +284,14 @@ struct Linear {
                 V::store(w.a + c * chunk_row + i,
                          V::exp2(V::load(w.a + c * chunk_row + i) - key_shift[head * p.channels + c]));
         if (p.grad_value.data) {
-            for (int64_t e = 0; e < p.value_channels; ++e) clear<V>(w.b + e * chunk_row, wide);
-            multiply<V>(gradient, context_row, 1, w.a, chunk_row, p.channels, w.b, chunk_row, p.value_channels, wide);
+            set_product<V>(gradient, context_row, 1, w.a, chunk_row, p.channels, w.b, chunk_row, p.value_channels,
+                           wide);
             unpack_by_channel(codec, w.b, chunk_row, p.grad_value, keys(p.grad_value, b, h), first, n, p.value_channels,
                               T(1), w.scratch);
         }
         if (!p.grad_key.data) return;
         pack_by_channel(codec, p.value, keys(p.value, b, h), first, n, p.value_channels, T(1), w.b, chunk_row);
-        for (int64_t c = 0; c < p.channels; ++c) clear<V>(w.c + c * chunk_row, wide);
-        multiply<V>(gradient, 1, context_row, w.b, chunk_row, p.value_channels, w.c, chunk_row, p.channels, wide);
+        set_product<V>(gradient, 1, context_row, w.b, chunk_row, p.value_channels, w.c, chunk_row, p.channels, wide);
         for (int64_t c = 0; c < p.channels; ++c) {
             const T mean = row_mean[head * p.channels + c];
             for (int64_t i = 0; i < n; i += V::lanes) {

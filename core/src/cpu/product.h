@@ -1,10 +1,10 @@
 // Small dense products on register tiles, and maps of positions as blocks for them: what the attentions without windows
 // are made of.
 //
-//     c[row][lane] += sum over steps of a[step, row] * b[step][lane]
+//     c[row][lane] = from[row][lane] + sum over steps of a[step, row] * b[step][lane]
 //
-// a is read one number at a time and spread over the lanes, b and c by whole registers. Work: one multiply-add a lane,
-// step and row. Loads a step: Rows numbers + Columns registers for Rows * Columns multiply-adds.
+// a is read one number at a time and spread over the lanes, the others by whole registers. Work: one multiply-add a
+// lane, step and row. Loads a step: Rows numbers + Columns registers for Rows * Columns multiply-adds.
 #pragma once
 #include "codec.h"
 #include "ring.h"
@@ -14,12 +14,13 @@ namespace localattn::cpu {
 template <class V, int Rows, int Columns>
 __attribute__((noinline)) static void product_tile(const typename V::T *__restrict a, ptrdiff_t a_step, ptrdiff_t a_row,
                                                    const typename V::T *__restrict b, ptrdiff_t b_step, int64_t steps,
-                                                   typename V::T *__restrict c, ptrdiff_t c_row) {
+                                                   typename V::T *c, ptrdiff_t c_row, const typename V::T *from,
+                                                   ptrdiff_t from_row) {
     using reg = typename V::reg;
     reg sum[Rows][Columns];
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
-    for (int n = 0; n < Columns; ++n) sum[r][n] = V::load(c + r * c_row + n * V::lanes);
+    for (int n = 0; n < Columns; ++n) sum[r][n] = V::load(from + r * from_row + n * V::lanes);
 #pragma GCC unroll 1
     for (int64_t k = 0; k < steps; ++k) {
         reg y[Columns];
@@ -45,7 +46,8 @@ __attribute__((noinline)) static void product_tile(const typename V::T *__restri
 template <class V>
 struct Products {
     using T = typename V::T;
-    using Tile = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T *, ptrdiff_t);
+    using Tile = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T *, ptrdiff_t, const T *,
+                          ptrdiff_t);
     static constexpr int rows = V::registers >= 32 ? 6 : 4, columns = V::registers >= 32 ? 4 : 2;
 
     struct Table {
@@ -63,13 +65,15 @@ struct Products {
         return t;
     }
     static constexpr Table table = make();
+    alignas(64) static constexpr T zeros[columns * V::lanes] = {};
 };
 
-// c += product. `width` in lanes, a multiple of V::lanes.
+// c = from + product. `width` in lanes, a multiple of V::lanes.
 template <class V>
-LOCALATTN_INLINE void multiply(const typename V::T *a, ptrdiff_t a_step, ptrdiff_t a_row, const typename V::T *b,
-                               ptrdiff_t b_step, int64_t steps, typename V::T *c, ptrdiff_t c_row, int64_t rows,
-                               int64_t width) {
+LOCALATTN_INLINE void multiply_onto(const typename V::T *from, ptrdiff_t from_row, ptrdiff_t from_part,
+                                    const typename V::T *a, ptrdiff_t a_step, ptrdiff_t a_row, const typename V::T *b,
+                                    ptrdiff_t b_step, int64_t steps, typename V::T *c, ptrdiff_t c_row, int64_t rows,
+                                    int64_t width) {
     using P = Products<V>;
     const int64_t registers = width / V::lanes, parts = (registers + P::columns - 1) / P::columns;
     for (int64_t part = 0, x = 0; part < parts; ++part) {
@@ -78,11 +82,25 @@ LOCALATTN_INLINE void multiply(const typename V::T *a, ptrdiff_t a_step, ptrdiff
         for (int64_t band = 0, r = 0; band < bands; ++band) {
             const int64_t m = rows / bands + (band < rows % bands);
             P::table.tile[m][n](a + r * a_row, a_step, a_row, b + x * V::lanes, b_step, steps,
-                                c + r * c_row + x * V::lanes, c_row);
+                                c + r * c_row + x * V::lanes, c_row, from + r * from_row + x * from_part, from_row);
             r += m;
         }
         x += n;
     }
+}
+// c += product
+template <class V>
+LOCALATTN_INLINE void add_product(const typename V::T *a, ptrdiff_t a_step, ptrdiff_t a_row, const typename V::T *b,
+                                  ptrdiff_t b_step, int64_t steps, typename V::T *c, ptrdiff_t c_row, int64_t rows,
+                                  int64_t width) {
+    multiply_onto<V>(c, c_row, V::lanes, a, a_step, a_row, b, b_step, steps, c, c_row, rows, width);
+}
+// c = product
+template <class V>
+LOCALATTN_INLINE void set_product(const typename V::T *a, ptrdiff_t a_step, ptrdiff_t a_row, const typename V::T *b,
+                                  ptrdiff_t b_step, int64_t steps, typename V::T *c, ptrdiff_t c_row, int64_t rows,
+                                  int64_t width) {
+    multiply_onto<V>(Products<V>::zeros, 0, 0, a, a_step, a_row, b, b_step, steps, c, c_row, rows, width);
 }
 
 template <class V>

@@ -16,7 +16,7 @@
 // delta, is computed once, before.
 //
 // Work a pair: one exp2 a pass and the products. Bytes: the lanes' side once; the other side once for each few blocks
-// that read it, from L2 or L3, and each number of it is used by up to 256 lanes.
+// that read it, from L2 or L3, and each number of it is used by up to 512 lanes.
 #pragma once
 #include "../routed_attention.h"
 #include "product.h"
@@ -26,7 +26,7 @@
 namespace localattn::cpu {
 
 inline constexpr int64_t routed_block = 64;  // pixels, of either side
-inline constexpr int64_t most_blocks = 4;    // that share what is packed
+inline constexpr int64_t most_blocks = 8;    // that share what is packed
 inline constexpr int64_t least_jobs = 8;     // of the backward, if there are as many regions
 
 template <class V>
@@ -50,7 +50,7 @@ struct Routed {
         T *a, *b;          // by channel: query; or key and value
         T *sum_a, *sum_b;  // what is accumulated for them
         T *key;            // keys by position
-        T *maximum, *total;
+        T *reference, *total;
         reg of_weight;
     };
     struct Buffers {
@@ -70,7 +70,7 @@ struct Routed {
             l.sum_a = arena.take<T>(backward ? r.p.channels * r.row : 0);
             l.sum_b = arena.take<T>(r.p.value_channels * r.row);
             l.key = arena.take<T>(backward ? routed_block * r.key_row : 0);
-            l.maximum = arena.take<T>(r.row);
+            l.reference = arena.take<T>(r.row);
             l.total = arena.take<T>(r.row);
         }
         w.key = arena.take<T>(routed_block * r.key_row);
@@ -135,7 +135,7 @@ struct Routed {
             pack_by_channel(codec, p.query, of_queries(p.query, b, h, region), x[i].first, x[i].count, p.channels,
                             T(p.scale * log2_e), l.a, row);
             clear_rows(l.sum_b, p.value_channels, row, x[i].wide());
-            StreamedSoftmax<V>::begin({l.maximum, l.total}, x[i].wide());
+            StreamedSoftmax<V>::begin({l.reference, l.total}, x[i].wide());
         }
         each_keys(*this, b, region, [&](int64_t choice, int64_t chosen, T factor, int64_t first, int64_t keys) {
             pack_by_position(codec, p.key, of_keys(p.key, b, h, chosen), first, keys, p.channels, factor, w.key);
@@ -145,15 +145,14 @@ struct Routed {
             for (int64_t i = 0; i < n; ++i) {
                 const Lanes &l = w.lanes[i];
                 const int64_t wide = x[i].wide();
-                clear_rows(w.s, keys, row, wide);
-                multiply<V>(w.key, 1, key_row, l.a, row, p.channels, w.s, row, keys, wide);
-                StreamedSoftmax<V>::add({l.maximum, l.total}, w.s, row, keys, wide, l.sum_b, p.value_channels);
-                multiply<V>(w.value, value_row, 1, w.s, row, keys, l.sum_b, row, p.value_channels, wide);
+                set_product<V>(w.key, 1, key_row, l.a, row, p.channels, w.s, row, keys, wide);
+                StreamedSoftmax<V>::add({l.reference, l.total}, w.s, row, keys, wide, l.sum_b, p.value_channels);
+                add_product<V>(w.value, value_row, 1, w.s, row, keys, l.sum_b, row, p.value_channels, wide);
             }
         });
         for (int64_t i = 0; i < n; ++i) {
             const Lanes &l = w.lanes[i];
-            StreamedSoftmax<V>::finish({l.maximum, l.total}, row, x[i].wide(), l.sum_b, p.value_channels, w.lse);
+            StreamedSoftmax<V>::finish({l.reference, l.total}, row, x[i].wide(), l.sum_b, p.value_channels, w.lse);
             unpack_by_channel(codec, l.sum_b, row, p.output, of_queries(p.output, b, h, region), x[i].first, x[i].count,
                               p.value_channels, T(1), w.scratch);
             if (p.lse.data) write_numbers<V>(w.lse, p.lse, of_queries(p.lse, b, h, region), x[i].first, x[i].count);
@@ -294,10 +293,8 @@ struct Routed {
                      const Buffers &w) const {
         const int64_t wide = x.wide();
         const T *numbers = statistics_of(x.batch * p.heads + x.head, region) + 2 * first;
-        clear_rows(w.s, n, row, wide);
-        clear_rows(w.dp, n, row, wide);
-        multiply<V>(w.key, 1, key_row, l.a, row, p.channels, w.s, row, n, wide);
-        multiply<V>(w.value, 1, value_row, l.b, row, p.value_channels, w.dp, row, n, wide);
+        set_product<V>(w.key, 1, key_row, l.a, row, p.channels, w.s, row, n, wide);
+        set_product<V>(w.value, 1, value_row, l.b, row, p.value_channels, w.dp, row, n, wide);
         for (int64_t q = 0; q < n; ++q) {
             const reg shift = V::all(numbers[2 * q]), less = V::all(numbers[2 * q + 1]);
             for (int64_t i = 0; i < wide; i += V::lanes) {
@@ -309,9 +306,9 @@ struct Routed {
                 l.of_weight += ds * s * T(ln_2) + probability * dp;
             }
         }
-        if (p.grad_value.data) multiply<V>(w.value, value_row, 1, w.s, row, n, l.sum_b, row, p.value_channels, wide);
-        if (p.grad_key.data) multiply<V>(w.key, key_row, 1, w.dp, row, n, l.sum_a, row, p.channels, wide);
-        if (gradient) multiply<V>(w.dp, 1, row, l.key, key_row, x.count, gradient, key_row, n, key_row);
+        if (p.grad_value.data) add_product<V>(w.value, value_row, 1, w.s, row, n, l.sum_b, row, p.value_channels, wide);
+        if (p.grad_key.data) add_product<V>(w.key, key_row, 1, w.dp, row, n, l.sum_a, row, p.channels, wide);
+        if (gradient) add_product<V>(w.dp, 1, row, l.key, key_row, x.count, gradient, key_row, n, key_row);
     }
 
     T *statistics_of(int64_t head, int64_t region) const {
@@ -330,7 +327,7 @@ struct Routed {
             load(p.grad_output, grad_output);
             load(p.output, output);
             read_numbers<V>(p.lse, of_queries(p.lse, b, h, region), x.first, x.count, w.lse);
-            T *delta = w.lanes[0].maximum;
+            T *delta = w.lanes[0].reference;
             if (p.grad_lse.data)
                 read_numbers<V>(p.grad_lse, of_queries(p.grad_lse, b, h, region), x.first, x.count, delta);
             for (int64_t i = 0; i < x.wide(); i += V::lanes) {

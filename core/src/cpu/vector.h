@@ -72,6 +72,11 @@ struct Vector {
     static inline __attribute__((always_inline)) reg keep(mask m, reg x) {
         return reinterpret_cast<reg>(reinterpret_cast<mask>(x) & m);
     }
+    static inline __attribute__((always_inline)) bool any(mask m) {
+        Mask found = 0;
+        for (int l = 0; l < lanes; ++l) found |= m[l];
+        return found;
+    }
     static inline __attribute__((always_inline)) reg choose(mask m, reg x, reg otherwise) { return m ? x : otherwise; }
 
     // 2^f for f in [-1/2, 1/2], float: a near-minimax fit, relative error 9.2e-8.
