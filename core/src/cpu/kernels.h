@@ -22,8 +22,7 @@ LOCALATTN_INLINE Codec<V> make_codec() {
 // The same of a vector whose operands are words.
 template <class V>
 LOCALATTN_INLINE Codec<V> make_word_codec() {
-    return {pack_words<V>, unpack<V, bfloat16>, add_query_bias<V, bfloat16>, add_key_bias<V, bfloat16>,
-            sizeof(bfloat16)};
+    return {pack_words<V>, unpack_words<V>, add_query_bias<V, bfloat16>, add_key_bias<V, bfloat16>, sizeof(bfloat16)};
 }
 
 template <class V>

@@ -231,6 +231,26 @@ static void unpack(const typename V::T *in, int count, int64_t channels, typenam
     }
 }
 
+// The same to bfloat16 through words of channels, for vectors that have them: one transpose for twice the channels.
+template <class V>
+static void unpack_words(const typename V::T *in, int count, int64_t channels, typename V::reg factor,
+                         void *destination, int64_t position, int64_t channel) {
+    constexpr int L = V::lanes;
+    if (channel != 1) return unpack<V, bfloat16>(in, count, channels, factor, destination, position, channel);
+    bfloat16 *out = static_cast<bfloat16 *>(destination);
+    for (int64_t c = 0; c < channels; c += 2 * L, in += 2 * L * L, out += 2 * L) {
+        const int some = static_cast<int>(channels - c < 2 * L ? channels - c : 2 * L);
+        const auto load = [&](int i) { return i < some ? factor * V::load(in + i * L) : typename V::reg{}; };
+        typename V::reg row[L];
+        LOCALATTN_UNROLL
+        for (int w = 0; w < L; ++w) row[w] = V::round(load(2 * w), load(2 * w + 1));
+        transpose<V>(row);
+        LOCALATTN_UNROLL
+        for (int l = 0; l < L; ++l)
+            if (l < count) V::Isa::store_some(out + l * position, row[l], some);
+    }
+}
+
 // One element per lane, as one expression: written to memory one by one and loaded as a register they would wait for
 // the stores.
 template <class V, class Element, size_t... Lane>

@@ -10,10 +10,16 @@ namespace {
 
 struct Avx512Bf16 : Avx512 {
     using Avx512::load_some;
+    using Avx512::store_some;
     // `count` elements as words of two, the rest zero.
     static inline __attribute__((always_inline)) __m512 load_some(const bfloat16 *p, int count) {
-        const __mmask32 some = count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
-        return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, p));
+        return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first(count), p));
+    }
+    static inline __attribute__((always_inline)) void store_some(bfloat16 *p, __m512 words, int count) {
+        _mm512_mask_storeu_epi16(p, first(count), _mm512_castps_si512(words));
+    }
+    static inline __attribute__((always_inline)) __mmask32 first(int count) {
+        return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1;
     }
     static inline __attribute__((always_inline)) __m512 dot(__m512 sum, __m512 x, __m512 y) {
         return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
