@@ -88,6 +88,10 @@ void add_sizes(List &list) {
     c.kernel_size[0] = 9;
     set_channels(c, 24, 24);
     list.add_borders("a signal", c);
+    c.query_extent[0] = c.key_extent[0] = 300;
+    c.kernel_size[0] = 41;
+    set_channels(c, 6, 10);
+    list.add_borders("a signal, whose neighbouring tiles go together", c);
     c = Config();
     c.rank = 3;
     const int64_t extents[] = {3, 4, 18}, kernel[] = {3, 2, 5};

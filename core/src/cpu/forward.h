@@ -36,16 +36,17 @@ struct ForwardWorker {
         w.q_row = padded(V::words(w.problem.channels) * V::lanes, sizeof(T));
         w.o_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
         w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
-        w.q = arena.take<T>(plan.block_rows * w.q_row);
-        w.o = arena.take<T>(plan.block_rows * w.o_row);
-        w.s = arena.take<T>(plan.block_rows * w.s_row);
-        w.maximum = arena.take<T>(plan.block_rows * V::lanes);
-        w.sum = arena.take<T>(plan.block_rows * V::lanes);
+        const int64_t rows = plan.block_rows * plan.tiles_at_once;
+        w.q = arena.take<T>(rows * w.q_row);
+        w.o = arena.take<T>(rows * w.o_row);
+        w.s = arena.take<T>(rows * w.s_row);
+        w.maximum = arena.take<T>(rows * V::lanes);
+        w.sum = arena.take<T>(rows * V::lanes);
         w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
     }
 
     // What the micro-kernel left out: rows outside the map, biases, masks.
-    void finish_scores(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk) {
+    void finish_scores(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk, int index) {
         const LanePattern &pattern = *tile.pattern;
         const bool bias = problem.has_bias(), outside = problem.axis[2].border == Border::zero;
         if (!bias && !outside && !pattern.masks_scores && !ring.key_mask && !problem.raster) return;
@@ -57,7 +58,7 @@ struct ForwardWorker {
                 end = least(end, chunk.end);
                 if (begin >= end) continue;
                 const auto row = [&](int64_t b) {
-                    return s + r * s_row + chunk.index(b0, b) * pattern.slots * V::lanes;
+                    return s + (index + r) * s_row + chunk.index(b0, b) * pattern.slots * V::lanes;
                 };
                 const auto real = [&](int64_t b) { return is_real(plan, block, r, b0, b); };
                 for (int64_t b = begin; b < end; ++b)
@@ -77,13 +78,13 @@ struct ForwardWorker {
     }
 
     // Scores to weights, exp2(s - maximum); earlier chunks' sums move to the new maximum.
-    void soften(const Block &block, const LaneTile &tile, const Chunk &chunk, bool first) {
+    void soften(const Block &block, const LaneTile &tile, const Chunk &chunk, bool first, int index) {
         const int64_t cell = tile.pattern->slots * V::lanes;
         const reg lowest = V::all(-T(__builtin_inf()));
         for (int r = 0; r < block.rows; ++r) {
-            reg m0 = V::load(maximum + r * V::lanes), m1 = lowest, m2 = lowest, m3 = lowest;
+            reg m0 = V::load(maximum + (index + r) * V::lanes), m1 = lowest, m2 = lowest, m3 = lowest;
             const reg before = m0;
-            T *row = s + r * s_row;
+            T *row = s + (index + r) * s_row;
             const auto each_piece = [&](auto &&piece) __attribute__((always_inline)) {
                 for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
                     int64_t begin, end;
@@ -104,14 +105,14 @@ struct ForwardWorker {
                 for (; i < n; ++i, p += V::lanes) m0 = V::max(m0, V::load(p));
             });
             m0 = V::max(V::max(m0, m1), V::max(m2, m3));
-            V::store(maximum + r * V::lanes, m0);
+            V::store(maximum + (index + r) * V::lanes, m0);
             const reg shift = V::shift_of(m0);
             reg s0{}, s1{};
             if (!first) {
                 const reg decay = V::exp2(before - shift);
-                s0 = decay * V::load(sum + r * V::lanes);
+                s0 = decay * V::load(sum + (index + r) * V::lanes);
                 for (int64_t c = 0; c < problem.value_channels; ++c) {
-                    T *p = o + r * o_row + c * V::lanes;
+                    T *p = o + (index + r) * o_row + c * V::lanes;
                     V::store(p, decay * V::load(p));
                 }
             }
@@ -135,14 +136,14 @@ struct ForwardWorker {
                     s0 += a;
                 }
             });
-            V::store(sum + r * V::lanes, s0 + s1);
+            V::store(sum + (index + r) * V::lanes, s0 + s1);
         }
     }
 
-    void finish(const Job &job, const Block &block, const LaneTile &tile) {
+    void finish(const Job &job, const Block &block, const LaneTile &tile, int index) {
         const int64_t period = plan.lane_axis.query_period;
         for (int r = 0; r < block.rows; ++r) {
-            const reg total = V::load(sum + r * V::lanes);
+            const reg total = V::load(sum + (index + r) * V::lanes);
             const reg inverse = V::inverse_of(total);
             const auto offset = [&](const Tensor &t) {
                 return job.batch * t.batch + job.head * t.head + plan.axis0.query.position[block.row0] * t.axis[0] +
@@ -150,44 +151,52 @@ struct ForwardWorker {
                        (tile.phase + period * tile.lane) * t.axis[2];
             };
             const Tensor &out = problem.output, &lse = problem.lse;
-            codec.unpack(o + r * o_row, tile.count, problem.value_channels, inverse, at(codec, out, offset(out)),
-                         out.axis[2] * period, out.channel);
+            codec.unpack(o + (index + r) * o_row, tile.count, problem.value_channels, inverse,
+                         at(codec, out, offset(out)), out.axis[2] * period, out.channel);
             if (lse.data) {
                 alignas(64) T natural[V::lanes];
-                V::store(natural, (V::load(maximum + r * V::lanes) + V::log2(total)) * T(ln_2));
+                V::store(natural, (V::load(maximum + (index + r) * V::lanes) + V::log2(total)) * T(ln_2));
                 T *p = static_cast<T *>(lse.data) + offset(lse);
                 for (int l = 0; l < tile.count; ++l) p[l * lse.axis[2] * period] = natural[l];
             }
         }
     }
 
-    void run_tile(const Job &job, const Block &block, const Chunk &all, const LaneTile &tile) {
+    void begin(const Job &job, const Block &block, const LaneTile &tile, int index) {
         const int64_t period = plan.lane_axis.query_period;
         const Tensor &query = problem.query;
-        const ScoreFactor<V> factor = score_factor<V>(problem);
         for (int r = 0; r < block.rows; ++r) {
             const int64_t offset = job.batch * query.batch + job.head * query.head +
                                    plan.axis0.query.position[block.row0] * query.axis[0] +
                                    plan.axis1.query.position[block.row + r] * query.axis[1] +
                                    (tile.phase + period * tile.lane) * query.axis[2];
             codec.pack(at(codec, query, offset), query.axis[2] * period, query.channel, 0, tile.count, V::lanes,
-                       problem.channels, factor.operand, q + r * q_row, V::lanes);
-            V::store(maximum + r * V::lanes, V::all(-T(__builtin_inf())));
-            V::store(sum + r * V::lanes, reg{});
-            for (int64_t c = 0; c < problem.value_channels; ++c) V::store(o + r * o_row + c * V::lanes, reg{});
+                       problem.channels, score_factor<V>(problem).operand, q + (index + r) * q_row, V::lanes);
+            V::store(maximum + (index + r) * V::lanes, V::all(-T(__builtin_inf())));
+            V::store(sum + (index + r) * V::lanes, reg{});
+            for (int64_t c = 0; c < problem.value_channels; ++c)
+                V::store(o + (index + r) * o_row + c * V::lanes, reg{});
         }
+    }
+
+    // One tile, or, of a block of one row, several. What belongs to a row of queries is found by `index` + row.
+    void run_tiles(const Job &job, const Block &block, const Chunk &all, const LaneTile *tile, int tiles) {
+        for (int i = 0; i < tiles; ++i) begin(job, block, tile[i], i);
         bool first = true;
         for (Chunks chunks = chunks_of(plan, all); next_chunk(chunks); first = false) {
             const Chunk &chunk = chunks.now;
             ring.pack(plan, codec, job.batch, job.head, job.strip, chunk);
-            score_chunk<V>(plan, block, tile, chunk, ring.slots, ring.keys, {q, q_row}, factor.sum, s, s_row, stream);
-            finish_scores(job, block, tile, chunk);
-            soften(block, tile, chunk, first);
-            const TileWeights<V> weights = dense_weights<V>(tile, s, s_row);
-            round_weights<V>(plan, block, tile, chunk, weights, weights);
-            weigh_chunk<V>(plan, block, tile, chunk, ring.slots, ring.values, weights, o, o_row);
+            score_chunk<V>(plan, block, *tile, chunk, ring.slots, ring.keys, {q, q_row}, score_factor<V>(problem).sum,
+                           s, s_row, stream, tiles);
+            for (int i = 0; i < tiles; ++i) {
+                finish_scores(job, block, tile[i], chunk, i);
+                soften(block, tile[i], chunk, first, i);
+            }
+            const TileWeights<V> weights = dense_weights<V>(*tile, s, s_row);
+            round_weights<V>(plan, block, *tile, chunk, weights, weights);
+            weigh_chunk<V>(plan, block, *tile, chunk, ring.slots, ring.values, weights, o, o_row, false, tiles);
         }
-        finish(job, block, tile);
+        for (int i = 0; i < tiles; ++i) finish(job, block, tile[i], i);
     }
 
     void announce(const Job &job, const Block &block, const Chunk &all, int64_t end) {
@@ -211,8 +220,13 @@ struct ForwardWorker {
     void run_block(const Job &job, const Block &block, int64_t end) {
         const Chunk all = reach(plan, block, true);
         announce(job, block, all, end);
-        for (int64_t i = 0; i < tiles_in_strip(plan); ++i)
-            if (tiles[i].count > 0) run_tile(job, block, all, tiles[i]);
+        const int64_t count = tiles_in_strip(plan);
+        for (int64_t i = 0, together = 1; i < count; i += together) {
+            together = 1;
+            if (tiles[i].count == 0) continue;
+            together = tiles_together(plan, tiles + i, count - i);
+            run_tiles(job, block, all, tiles + i, static_cast<int>(together));
+        }
     }
 };
 

@@ -62,8 +62,9 @@ struct JointWorker {
         w.grad_q_row = padded(w.query_tiles_of_strip() * w.problem.channels * V::lanes, sizeof(T));
         w.grad_q = arena.take<T>(plan.ring0 * plan.ring1 * w.grad_q_row);
         w.s_row = padded(plan.block_rows * w.by_query.most_slots * V::lanes, sizeof(T));
-        w.s = arena.take<T>(plan.block_rows * w.s_row);
-        w.dp = arena.take<T>(plan.block_rows * w.s_row);
+        const int64_t rows = most(plan.block_rows, w.by_query.tiles_at_once);
+        w.s = arena.take<T>(rows * w.s_row);
+        w.dp = arena.take<T>(rows * w.s_row);
         w.p_plane = arena.take<T>(w.plane_elements());
         w.ds_plane = arena.take<T>(w.plane_elements());
         w.words = arena.take<T>(V::word == 1 ? 0 : plan.block_rows * plan.block_rows * plan.most_slots * V::lanes);
@@ -128,7 +129,7 @@ struct JointWorker {
     }
 
     void differentiate_tile(const Job &job, const Block &block, const LaneTile &tile, const Chunk &chunk,
-                            bool to_planes, bool owned) {
+                            bool to_planes, bool owned, T *s, T *dp) {
         const int64_t at = query_column(job, tile), lane = plane_lane(job, tile);
         const auto load = [&](const T *numbers, int r) {
             return V::load(numbers + ring.slots.of(block.row0, block.row + r) * plan.packed + at);
@@ -151,28 +152,37 @@ struct JointWorker {
     // Queries of one block against a block of keys.
     void run_queries(const Job &job, const Block &block, const Chunk &chunk, bool owns_keys, bool owns_queries) {
         const int64_t slot = ring.slots.of(block.row0, block.row);
-        for (int64_t i = 0; i < tiles_in_strip(by_query); ++i) {
+        const int64_t count = tiles_in_strip(by_query);
+        for (int64_t i = 0, next = 1; i < count; i = next) {
             const LaneTile &tile = query_tiles[i];
+            next = i + 1;
             if (tile.count == 0) continue;
             const int64_t in = in_strip(i);
             const bool owned = wants_queries() && owns_queries && in >= 0 && in < plan.strip_tiles;
             const bool to_planes = owns_keys && wants_keys();
             if (!owned && !to_planes) continue;
+            // Those that share a pattern lie in the strip and are owned alike.
+            const int tiles = tiles_together(by_query, &tile, count - i);
+            next = i + tiles;
             const int64_t at = query_column(job, tile);
             const auto rows = [&](const PackedTensor<V> &t) {
-                return TileRows<V>{t.scores.data + slot * t.scores.row + at, t.scores.row, plan.packed};
+                return TileRows<V>{t.scores.data + slot * t.scores.row + at, tiles > 1 ? V::lanes : t.scores.row,
+                                   plan.packed};
             };
             score_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, rows(ring.queries),
-                           score_factor<V>(problem).sum, s, s_row, stream);
+                           score_factor<V>(problem).sum, s, s_row, stream, tiles);
             score_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.values, rows(ring.grad_outputs), T(1), dp,
-                           s_row, stream);
-            differentiate_tile(job, block, tile, chunk, to_planes, owned);
+                           s_row, stream, tiles);
+            for (int t = 0; t < tiles; ++t)
+                differentiate_tile(job, block, query_tiles[i + t], chunk, to_planes, owned, s + t * s_row,
+                                   dp + t * s_row);
             if (owned && problem.grad_query.data) {
-                T *sum =
-                    grad_q + slot * grad_q_row + (tile.phase * plan.strip_tiles + in) * problem.channels * V::lanes;
+                const ptrdiff_t tile_step = problem.channels * V::lanes;
+                T *sum = grad_q + slot * grad_q_row + (tile.phase * plan.strip_tiles + in) * tile_step;
                 const TileWeights<V> weights = dense_weights<V>(tile, dp, s_row);
                 round_weights<V>(by_query, block, tile, chunk, weights, weights);
-                weigh_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, weights, sum, grad_q_row, true);
+                weigh_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, weights, sum,
+                               tiles > 1 ? tile_step : grad_q_row, true, tiles);
             }
         }
     }
@@ -218,12 +228,16 @@ struct JointWorker {
 
     // Adds what one block of queries gives to the gradients of a block of keys, from the planes.
     void run_keys(const Job &job, const Block &block, const Chunk &queries) {
-        for (int64_t i = 0; i < key_tiles_of_strip(); ++i) {
+        const int64_t count = key_tiles_of_strip();
+        for (int64_t i = 0, together = 1; i < count; i += together) {
             const LaneTile &tile = key_tiles[i];
+            together = 1;
             if (tile.count == 0) continue;
+            const int tiles = tiles_together(plan, &tile, count - i);
+            together = tiles;
             each_key_gradient(*this, [&](const KeyGradient &g) {
                 TileWeights<V> weights{g.planes + tile.phase * plan.plane_phase + plane_lane(job, tile),
-                                       static_cast<ptrdiff_t>(plan.block_rows * pair_step()),
+                                       static_cast<ptrdiff_t>(tiles > 1 ? V::lanes : plan.block_rows * pair_step()),
                                        static_cast<ptrdiff_t>(pair_step()),
                                        static_cast<ptrdiff_t>(plan.plane_columns),
                                        true,
@@ -236,7 +250,7 @@ struct JointWorker {
                     weights = rounded;
                 }
                 weigh_chunk<V>(plan, block, tile, queries, ring.slots, g.queries, weights,
-                               g.sum + i * plan.block_rows * g.row, g.row, true);
+                               g.sum + i * plan.block_rows * g.row, g.row, true, tiles);
             });
         }
     }

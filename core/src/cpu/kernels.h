@@ -36,6 +36,7 @@ LOCALATTN_INLINE PlanOptions options_for(Side a, bool forward, int32_t workers) 
     o.ring_bytes = ring_bytes;
     o.score_bytes = forward ? forward_score_bytes : backward_score_bytes;
     o.whole_rows = forward;
+    o.groups_tiles = V::word == 1;
     return o;
 }
 

@@ -210,6 +210,7 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     const bool from_queries = a == Side::query;
     const int64_t chain1 = from_queries ? plan.axis1.longest_query_chain : plan.axis1.longest_key_chain;
     plan.block_rows = block_rows_of(chain1, options.block_rows);
+    if (options.groups_tiles && plan.block_rows == 1 && !problem.raster) plan.tiles_at_once = options.block_rows;
     plan.sweeps = problem.axis[0].kernel > 1 && plan.rows0().count > 1;
     const int64_t span0 = span_of(problem.axis[0], a, plan.axis0, 1);
     const int64_t span1 = span_of(axis1, a, plan.axis1, plan.block_rows);

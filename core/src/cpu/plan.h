@@ -113,6 +113,7 @@ struct Plan {
     Side a = Side::query;
     int lanes = 0, element = 0;  // of a register: lanes, bytes of one
     int block_rows = 0;          // rows of A per register tile
+    int tiles_at_once = 1;  // where that is one row, neighbouring tiles, which mostly read the same of B, go together
     RowAxis axis0, axis1;
     LaneAxis lane_axis;
 
@@ -155,8 +156,9 @@ struct PlanOptions {
     bool whole_rows = true;              // scores of all rows at once where they fit (softmax), else few rows at a time
     int64_t strip_tiles = 0;             // 0: as wide as the ring allows
     int64_t halo_tiles = 0;
-    int64_t sweep_rows = 1;  // rows of A per job where jobs sweep axis 0, if a block has fewer
-    int64_t margin = 0;      // lanes of B packed on either side of the strip, if its tiles do not need more
+    bool groups_tiles = false;  // tiles of a single row may go together
+    int64_t sweep_rows = 1;     // rows of A per job where jobs sweep axis 0, if a block has fewer
+    int64_t margin = 0;         // lanes of B packed on either side of the strip, if its tiles do not need more
 };
 Plan make_plan(const Problem &, const PlanOptions &, Arena &);
 Job job_of(const Plan &, int64_t index);

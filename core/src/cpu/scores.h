@@ -66,11 +66,39 @@ LOCALATTN_INLINE TileWeights<V> dense_weights(const LaneTile &tile, typename V::
     return {s, s_row, tile.pattern->slots * V::lanes};
 }
 
-// s[row][b][slot][lane] = a . b for the paired rows of the chunk.
+// How many tiles from this one on, of `left`, go together: those that share a pattern of consecutive columns.
+LOCALATTN_INLINE int tiles_together(const Plan &plan, const LaneTile *tile, int64_t left) {
+    const LanePattern *pattern = tile->pattern;
+    int n = 1;
+    if (pattern->runs != 1 || pattern->masks_values) return n;
+    while (n < plan.tiles_at_once && n < left && tile[n].pattern == pattern) ++n;
+    return n;
+}
+
+// The columns that tiles going together read are those of the first tile and `lanes` more for each further one:
+// body(first column, count, begin, end) for runs of columns that the same tiles [begin, end) read. Column x is entry
+// x - lanes * tile of a tile.
+template <class Body>
+LOCALATTN_INLINE void each_shared(int lanes, int entries, int tiles, int most_columns, const Body &body) {
+    for (int x = 0, begin = 0, end = 1; begin < tiles;) {
+        const int joins = end < tiles ? end * lanes : entries + (tiles - 1) * lanes, leaves = entries + begin * lanes;
+        int next = joins < leaves ? joins : leaves;
+        if (next > x + most_columns) next = x + most_columns;
+        if (begin < end && next > x) body(x, next - x, begin, end);
+        x = next;
+        if (x == leaves) ++begin;
+        if (x == joins && end < tiles) ++end;
+        if (begin == end && end < tiles) x = end++ * lanes;
+    }
+}
+
+// s[row][b][slot][lane] = a . b for the paired rows of the chunk; or s[tile][b][slot][lane] of a single row for `tiles`
+// that go together, which then lie a.row and s_row apart.
 template <class V>
 LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedTensor<V> &tensor, const TileRows<V> &a,
-                                  typename V::T factor, typename V::T *s, ptrdiff_t s_row, Stream &stream) {
+                                  typename V::T factor, typename V::T *s, ptrdiff_t s_row, Stream &stream,
+                                  int tiles = 1) {
     const PackedRows<V> &rows = tensor.scores;
     const LanePattern &pattern = *tile.pattern;
     const int64_t cell = pattern.slots * V::lanes;
@@ -81,6 +109,19 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
             const typename V::T *packed = rows.data + slots.of(b0, b) * rows.row + tile.column;
             const typename V::T *next = rows.data + slots.of(b0, b + 1) * rows.row + tile.column;
             typename V::T *out = s + paired.begin * s_row + chunk.index(b0, b) * cell;
+            if (tiles > 1) {
+                const LaneRun &run = pattern.run[0];
+                const ptrdiff_t step = s_row - V::lanes * V::lanes;
+                each_shared(V::lanes, run.count, tiles, run.count,
+                            [&](int first, int count, int begin, int end) __attribute__((always_inline)) {
+                                Microkernels<V>::scores(end - begin, a.data + begin * a.row, a.row, a.channel,
+                                                        packed + run.column + first, plan.packed,
+                                                        V::words(tensor.channels), factor,
+                                                        out + begin * step + first * V::lanes, step, count,
+                                                        next + run.column + first, stream);
+                            });
+                continue;
+            }
             for (int i = 0; i < pattern.runs; ++i) {
                 const LaneRun &run = pattern.run[i];
                 Microkernels<V>::scores(paired.end - paired.begin, a.data + paired.begin * a.row, a.row, a.channel,
@@ -119,11 +160,11 @@ LOCALATTN_INLINE void round_weights(const Plan &plan, const Block &block, const 
 
 // o[row] += p . b over the paired rows of the chunk. Neighbouring rows of B with the same pairs go together, as many as
 // leave their weights in the L1 cache. With same_order the order of a sum does not depend on the block's other rows:
-// where there are several runs, rows of B go one by one.
+// where there are several runs, rows of B go one by one. `tiles` that go together lie p.row and o_row apart.
 template <class V>
 LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedTensor<V> &tensor, const TileWeights<V> &p,
-                                  typename V::T *o, ptrdiff_t o_row, bool same_order = false) {
+                                  typename V::T *o, ptrdiff_t o_row, bool same_order = false, int tiles = 1) {
     const PackedRows<V> &rows = tensor.values;
     using Mask = typename V::Mask;
     const LanePattern &pattern = *tile.pattern;
@@ -146,6 +187,20 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
                 ++last;
             }
             const typename V::T *packed = rows.data + slots.of(b0, b) * rows.row + tile.column;
+            if (tiles > 1 && paired.begin < paired.end) {
+                const LaneRun &run = pattern.run[0];
+                const auto *weights = p.of(run) + chunk.index(b0, b) * p.b_row;
+                const ptrdiff_t step = p.row - V::lanes * p.entry;
+                each_shared(V::lanes, run.count, tiles, static_cast<int>(l1 / (tiles * V::lanes)),
+                            [&](int first, int count, int begin, int end) __attribute__((always_inline)) {
+                                Microkernels<V>::values(end - begin, weights + begin * step + first * p.entry, step,
+                                                        p.b_row, p.entry, packed + run.column + first, plan.packed,
+                                                        rows.row, static_cast<int>(last - b), count, nullptr,
+                                                        o + begin * o_row, o_row, static_cast<int>(tensor.channels));
+                            });
+                b = last;
+                continue;
+            }
             const auto weigh = [&](int begin, int end, const Mask *mask) __attribute__((always_inline)) {
                 if (begin >= end) return;
                 const ptrdiff_t from = begin * p.row + chunk.index(b0, b) * p.b_row;
