@@ -74,7 +74,8 @@ std::string check(uint64_t seed, const std::string &variant, std::vector<std::st
     if (tested_device == LOCALATTN_CUDA) {  // every kernel in turn: each dtype, and each width of the tiled ones
         const bool tiled = seed % 2;
         const int64_t widest = int64_t(32) << seed / 2 % 4;
-        c.dtype = tiled ? LOCALATTN_FLOAT32 : static_cast<localattn_dtype>(seed / 2 % 4);
+        const localattn_dtype tiled_dtypes[] = {LOCALATTN_FLOAT32, LOCALATTN_FLOAT16, LOCALATTN_BFLOAT16};
+        c.dtype = tiled ? tiled_dtypes[seed / 8 % 3] : static_cast<localattn_dtype>(seed / 2 % 4);
         if (tiled) {
             c.plain_layout = true;
             c.raster_causal = false;

@@ -20,4 +20,10 @@ auto with_type(Dtype dtype, Visit visit) {
     }
 }
 
+// The same, for the dtypes of tensor cores.
+template <class Visit>
+auto with_16_bits(Dtype dtype, Visit visit) {
+    return dtype == Dtype::float16 ? visit(float16()) : visit(bfloat16());
+}
+
 }  // namespace localattn::cuda

@@ -89,8 +89,8 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUME
             Chunk<Real> key_sum(first), value_sum(first);
             for_each_query(p, key, [&](Query &query, const Entry &entry) {
                 PairGradient<Real> pair;
-                for (query.place.head = key.head * group; query.place.head < (key.head + 1) * group;
-                     ++query.place.head) {
+                for (int64_t head = key.head * group; head < (key.head + 1) * group; ++head) {
+                    query.place.head = opaque(head);
                     if (!pair_gradient<T>(p, query, entry, arguments.delta, pair)) return;
                     key_sum.add(pair.by_score, row_of<const T>(p.query, query.place), p.query.channel, p.channels);
                     value_sum.add(pair.weight, row_of<const T>(p.grad_output, query.place), p.grad_output.channel,

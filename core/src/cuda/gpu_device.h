@@ -33,6 +33,10 @@ GPU_FUNCTION int64_t opaque(int64_t value) {
     asm volatile("" : "+l"(value));
     return value;
 }
+GPU_FUNCTION int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
 // A butterfly over groups of so many neighbouring lanes: the same bits in every lane of a group.
 template <int group = warp_size, class Real>
 GPU_FUNCTION Real warp_sum(Real value) {
@@ -59,6 +63,11 @@ GPU_FUNCTION void load_shared(float (&values)[4], SharedAddress from) {  // 16 b
     asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];"
                  : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
                  : "r"(from)
+                 : "memory");
+}
+GPU_FUNCTION void store_shared(SharedAddress to, const float (&values)[4]) {
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(to), "f"(values[0]), "f"(values[1]), "f"(values[2]),
+                 "f"(values[3])
                  : "memory");
 }
 GPU_FUNCTION void store_shared(SharedAddress to, uint32_t value) {

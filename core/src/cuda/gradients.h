@@ -7,7 +7,7 @@
 // with P = exp(S - lse), dS = P (dO V' - delta).
 #pragma once
 #include "pair.h"
-#include "stages.h"
+#include "score_bias.h"
 
 namespace localattn::cuda {
 
@@ -51,11 +51,11 @@ GPU_KERNEL void GPU_BOUNDS(statistics_threads, 1) fill_statistics(GPU_ARGUMENT S
     }
 }
 
-// `rows` and `columns` tile the queries in tensor_core_grad_query, the keys in tensor_core_grad_key.
-template <class T>
+// `rows` and `columns` tile the queries in ..._grad_query, the keys in ..._grad_key.
+template <class T, class Bias>
 struct GradientArguments {
     const T *query, *key, *value, *grad_output;
-    T *grad_query, *grad_key, *grad_value;  // of the last two, either may be NULL
+    T *grad_query, *grad_key, *grad_value;  // each may be NULL
     View query_view, key_view, value_view, grad_output_view, grad_query_view, grad_key_view, grad_value_view;
     const Statistics *statistics;
     TileAxis rows, columns;
@@ -63,6 +63,9 @@ struct GradientArguments {
     int32_t channels, value_channels;
     int32_t stage_columns;
     float scale;
+    int32_t first_image;  // of the launch, an image being one head of one batch
+    int32_t part;         // of the channels, where a tile computes parts of a gradient
+    Bias bias;            // NoBias, or ScoreBias<T>
 };
 
 // What streams by in ..._grad_key: stages of queries, their grad_outputs and their statistics, two of each in shared
@@ -78,8 +81,8 @@ struct QueryStages {
     int row_residue, row_dilation, column_residue, column_dilation;
     SharedAddress memory, stage_bytes, statistics_bytes;
 
-    GPU_METHOD QueryStages(const GradientArguments<T> &a, const BlockPlace &block, const Section &rows,
-                           const Section &columns)
+    template <class Arguments>
+    GPU_METHOD QueryStages(const Arguments &a, const BlockPlace &block, const Section &rows, const Section &columns)
         : loader{{a.query, a.query_view, block.batch, 0, a.rows, a.columns, rows, columns, Loader<C, T>::unit(),
                   a.channels},
                  {a.grad_output, a.grad_output_view, block.batch, 0, a.rows, a.columns, rows, columns,
@@ -106,6 +109,7 @@ struct QueryStages {
           stage_bytes(SharedAddress(a.stage_columns * C::column_bytes)),
           statistics_bytes(SharedAddress(a.stage_columns * C::stage_rows * int(sizeof(Statistics)))) {}
 
+    GPU_METHOD int head_of_stage(int stage) const { return first_head + stage / head_stages; }
     GPU_METHOD int row_of_stage(int stage) const { return first_row + C::stage_rows * (stage % head_stages); }
     GPU_METHOD SharedAddress queries_at(int stage) const { return memory + SharedAddress(stage % 2) * stage_bytes; }
     GPU_METHOD SharedAddress statistics_at(int stage, int slot) const {
@@ -113,7 +117,7 @@ struct QueryStages {
                SharedAddress(slot * int(sizeof(Statistics)));
     }
     GPU_METHOD void load(int stage) const {
-        const int head = first_head + stage / head_stages, row = row_of_stage(stage);
+        const int head = head_of_stage(stage), row = row_of_stage(stage);
         Loader<C, T> of_head = loader;
         of_head.first.tensor += head * query_head;
         of_head.second.tensor += head * grad_output_head;

@@ -129,8 +129,8 @@ template <class Visit>
 GPU_FUNCTION void for_each_query(const Problem &p, const Place &key, Visit visit) {
     Query query;
     Entry entry;
-    int64_t at[3];
-    query.place.batch = key.batch;
+    int64_t (&at)[3] = entry.at;
+    entry.is_key = true;
     for_each_query_of_key(p.axis[0], key.at[0], [&](int64_t query0, const Window &window0, int64_t entry0) {
         query.place.at[0] = query0, query.window[0] = window0, at[0] = entry0;
         for_each_query_of_key(p.axis[1], key.at[1], [&](int64_t query1, const Window &window1, int64_t entry1) {
@@ -138,9 +138,10 @@ GPU_FUNCTION void for_each_query(const Problem &p, const Place &key, Visit visit
             for_each_query_of_key(p.axis[2], key.at[2], [&](int64_t query2, const Window &window2, int64_t entry2) {
                 query.place.at[2] = query2, query.window[2] = window2, at[2] = entry2;
                 // Or addresses in ten tensors are made ready loop by loop, and spilled.
-
+                query.place.batch = opaque(key.batch);
                 query.place.at[0] = opaque(query0), query.place.at[1] = opaque(query1);
-                if (find_entry(p, query, at, entry)) visit(query, entry);
+                query.place.at[2] = opaque(query2);
+                if (entry_index(p, at) < entry_end(p)) visit(query, entry);
             });
         });
     });

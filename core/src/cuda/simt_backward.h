@@ -2,23 +2,23 @@
 // launches: arch/simt.cu. Strips of places: simt_tiles.h. The plan of the backward: gradients.h.
 #pragma once
 #include "gradients.h"
-#include "simt_tiles.h"
+#include "simt_bias.h"
 
 namespace localattn::cuda {
 
-// What a pair gives to the gradients, from its scores' product and dot(grad_output, value); nothing if it is none.
+// What a pair gives to the gradients, from its score and dot(grad_output, value); nothing if it is none.
 struct PairShare {
     float weight, by_score;
 
-    GPU_METHOD PairShare(bool seen, float product, float by_weight, float scale, Statistics of) {
-        weight = seen ? fast_exp2((product * scale - of.lse) * log2_of_e) : 0;
+    GPU_METHOD PairShare(bool seen, float score, float by_weight, Statistics of) {
+        weight = seen ? fast_exp2((score - of.lse) * log2_of_e) : 0;
         by_score = seen ? weight * (by_weight - of.delta) : 0;
     }
 };
 
-template <class C>
-GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT GradientArguments<float> a) {
-    const BlockPlace block(a.rows, a.columns, a.heads);
+template <class C, class Bias>
+GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT GradientArguments<float, Bias> a) {
+    const BlockPlace block(a.rows, a.columns, a.heads, a.first_image);
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
 
@@ -26,6 +26,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
     const int first_column = stages.loader.first_column;
 
     const Strip<C> strip(a.rows, a.columns, rows, columns, first_column, stages.loader.stage_columns);
+    const StripBias<C, Bias> bias = {a.bias, block, strip};
     float query[C::places][C::channels], grad_output[C::places][C::channels], sum[C::places][C::channels];
     Statistics statistics[C::places];
     strip.load(query, a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head), a.query_view,
@@ -43,7 +44,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
 
     for (int stage = 0; stage < stages.count; ++stage) {
         stages.advance(stage);
-        if (strip.sees_row(stages.row_of_stage(stage)))
+        const int row = stages.row_of_stage(stage);
+        if (strip.sees_row(row))
             strip.for_each_step([&](int at, int column) {
                 const SharedAddress keys = stages.at(stage);
                 GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) {
@@ -51,8 +53,14 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
                     load_slice<C>(key, keys, at - first_column + j);
                     load_slice<C>(value, keys + stages.loader.second_at(), at - first_column + j);
                     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) {
-                        const PairShare pair(strip.sees_column(q, column + j), strip_sum<C>(slice_dot(query[q], key)),
-                                             strip_sum<C>(slice_dot(grad_output[q], value)), a.scale, statistics[q]);
+                        const bool seen = strip.sees_column(q, column + j);
+                        float score = strip_sum<C>(slice_dot(query[q], key)) * a.scale;
+                        if constexpr (Bias::present)
+                            if (seen && strip.exists(q)) bias.of(q).apply(score, row, column + j);
+                        const PairShare pair(seen, score, strip_sum<C>(slice_dot(grad_output[q], value)),
+                                             statistics[q]);
+                        if constexpr (Bias::present)
+                            if (seen && a.bias.score_gradient) bias.store_gradient(pair.by_score, q, row, column + j);
                         add_scaled(sum[q], pair.by_score, key);
                     }
                 }
@@ -60,6 +68,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
         synchronize();
     }
 
+    if (!a.grad_query) return;
     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q)
         if (strip.exists(q))
             strip.store(a.grad_query + (block.batch * a.grad_query_view.batch + block.head * a.grad_query_view.head),
@@ -67,8 +76,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
 }
 
 // Both gradients at once: either may be unwanted.
-template <class C>
-GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_key(GPU_ARGUMENT GradientArguments<float> a) {
+template <class C, class Bias>
+GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_key(GPU_ARGUMENT GradientArguments<float, Bias> a) {
     const BlockPlace block(a.rows, a.columns, a.heads / a.heads_a_key);
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
@@ -87,7 +96,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_key(GPU_ARGUMENT Gra
 
     for (int stage = 0; stage < stages.count; ++stage) {
         stages.advance(stage);
-        if (strip.sees_row(stages.row_of_stage(stage)))
+        const int row = stages.row_of_stage(stage), head = stages.head_of_stage(stage);
+        if (strip.sees_row(row))
             strip.for_each_step([&](int at, int column) {
                 GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) {
                     const int slot = at - first_column + j;
@@ -95,9 +105,14 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_key(GPU_ARGUMENT Gra
                     float query[C::channels], grad_output[C::channels];
                     load_slice<C>(query, stages.queries_at(stage), slot);
                     load_slice<C>(grad_output, stages.queries_at(stage) + stages.loader.second_at(), slot);
+                    float score[C::places];
+                    GPU_UNROLL_FOR (int k = 0; k < C::places; ++k)
+                        score[k] = strip_sum<C>(slice_dot(key[k], query)) * a.scale;
+                    if constexpr (Bias::present)
+                        apply_to_keys(score, a.bias, strip, block.batch, head, row, column + j);
                     GPU_UNROLL_FOR (int k = 0; k < C::places; ++k) {
-                        const PairShare pair(strip.sees_column(k, column + j), strip_sum<C>(slice_dot(key[k], query)),
-                                             strip_sum<C>(slice_dot(value[k], grad_output)), a.scale, of);
+                        const PairShare pair(strip.sees_column(k, column + j), score[k],
+                                             strip_sum<C>(slice_dot(value[k], grad_output)), of);
                         add_scaled(key_sum[k], pair.by_score, query);
                         add_scaled(value_sum[k], pair.weight, grad_output);
                     }

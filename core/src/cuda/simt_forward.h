@@ -5,7 +5,7 @@
 // A row of k keys costs a strip k+3 loads instead of 4k.
 #pragma once
 #include "forward.h"
-#include "simt_tiles.h"
+#include "simt_bias.h"
 
 namespace localattn::cuda {
 
@@ -14,23 +14,6 @@ template <class C>
 struct StripSoftmax {
     float query[C::places][C::channels], output[C::places][C::channels];
     float top[C::places], sum[C::places];
-};
-
-// The biases of a strip's queries.
-template <class C, class Bias>
-struct StripBias {
-    const Bias &bias;
-    const BlockPlace &block;
-    const Strip<C> &strip;
-
-    // Adds what the keys of a row, from `column` on, get.
-    GPU_METHOD void add(float (&score)[C::places][C::step], int row, int column) const {
-        GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) {
-            if (!strip.exists(q)) continue;
-            const QueryBias query(bias, block.batch, block.head, strip.position(q, 1, 0), strip.position(q, 0, 1));
-            GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) score[q][j] += query.of(row, column + j);
-        }
-    }
 };
 
 // One step: the keys of `slot` and of the column after it.
@@ -46,7 +29,7 @@ GPU_FUNCTION void attend_keys(StripSoftmax<C> &state, const Strip<C> &strip, con
     }
     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q)
         GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) score[q][j] = strip_sum<C>(score[q][j]);
-    if constexpr (Bias::present) bias.add(score, row, column);
+    if constexpr (Bias::present) bias.apply(score, row, column);
     bool rises = false;
     float top[C::places];
     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) {

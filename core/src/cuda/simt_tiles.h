@@ -14,6 +14,7 @@ namespace localattn::cuda {
 template <int width_, int slices_, int places_, int step_, int warps_, int blocks_>
 struct SimtTile {
     static constexpr int width = width_, slices = slices_, places = places_, step = step_, blocks = blocks_;
+    static constexpr int parts = 1;
     static constexpr int strips = warp_size / slices, channels = width / slices;
     static constexpr int threads = warp_size * warps_;
     static constexpr int query_rows = warps_, query_columns = strips * places;
@@ -115,19 +116,20 @@ struct Strip {
                column_section.position(column_axis, first + i) * column_stride;
     }
     // A lane's slices of the places' rows of a tensor; zeros where there is no place or channel.
-    GPU_METHOD void load(float (&slices)[C::places][C::channels], const float *head, const View &view,
-                         int channels) const {
+    template <class T>
+    GPU_METHOD void load(float (&slices)[C::places][C::channels], const T *head, const View &view, int channels) const {
         GPU_UNROLL_FOR (int i = 0; i < C::places; ++i) {
-            const float *from = exists(i) ? head + position(i, view.row, view.column) : head;
+            const T *from = exists(i) ? head + position(i, view.row, view.column) : head;
             GPU_UNROLL_FOR (int c = 0; c < C::channels; ++c)
-                slices[i][c] = exists(i) && slice_channel<C>(c) < channels ? from[slice_channel<C>(c)] : 0;
+                slices[i][c] = exists(i) && slice_channel<C>(c) < channels ? widen(from[slice_channel<C>(c)]) : 0;
         }
     }
-    GPU_METHOD void store(float *head, const View &view, int channels, int i, const float (&slice)[C::channels],
+    template <class T>
+    GPU_METHOD void store(T *head, const View &view, int channels, int i, const float (&slice)[C::channels],
                           float factor) const {
-        float *to = head + position(i, view.row, view.column);
+        T *to = head + position(i, view.row, view.column);
         GPU_UNROLL_FOR (int c = 0; c < C::channels; ++c)
-            if (slice_channel<C>(c) < channels) to[slice_channel<C>(c)] = slice[c] * factor;
+            if (slice_channel<C>(c) < channels) narrow(slice[c] * factor, to[slice_channel<C>(c)]);
     }
 };
 

@@ -1,6 +1,6 @@
-// Similarity and weighting in float32, tiled: the window products of ../window_product.h, over the same windows as the
-// tiled attention. Device and launches: arch/simt_window_product.cu. Blocks and stages: stages.h. Register tiles,
-// strips and slices: simt_forward.h.
+// Similarity and weighting, tiled: the window products of ../window_product.h, over the same windows as the tiled
+// attention, computed in float32; 16-bit floats are widened on their way into shared memory. Device and launches:
+// arch/simt_window_product.cu. Blocks and stages: stages.h. Register tiles, strips and slices: simt_forward.h.
 //
 // A block owns a tile of one map, its places (queries; keys for the transposed product), and the other map streams by,
 // one row at a time. Entries pass through shared memory, a row of every window at a time, so that they are read and
@@ -40,6 +40,7 @@ GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_window_tables(GPU_ARGUMENT Win
 }
 
 // Writes the entries that are no keys. A warp looks at 32 queries at a time; most have none.
+template <class T>
 GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) fill_outside(GPU_ARGUMENT WindowProduct p) {
     const int64_t queries = query_count(p);
     for (int64_t first = first_warp() * warp_size; first < queries; first += warp_step() * warp_size) {
@@ -52,7 +53,7 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) fill_outside(GPU_ARGUMENT WindowP
         }
         for (uint32_t broken = ballot(!whole); broken; broken &= broken - 1) {
             const Query query = query_at(p, first + count_bits((broken & (0 - broken)) - 1));
-            float *const to = row_of<float>(p.entries, query.place);
+            T *const to = row_of<T>(p.entries, query.place);
             for (int64_t entry = lane_index(); entry < entry_end(p); entry += warp_size) {
                 int64_t at[3], rest = entry;
                 bool is_key = true;
@@ -61,17 +62,18 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) fill_outside(GPU_ARGUMENT WindowP
                     rest /= p.axis[a].kernel;
                     is_key = is_key && at[a] >= query.window[a].begin && at[a] < query.window[a].end;
                 }
-                if (!is_key) to[entry * p.entries.channel] = float(is_absent(p, query, at) ? p.absent : p.outside);
+                if (!is_key) narrow(is_absent(p, query, at) ? p.absent : p.outside, to[entry * p.entries.channel]);
             }
         }
     }
 }
 
+template <class T>
 struct SimtProductArguments {
-    const float *streamed;
-    const float *given;  // at the places; of score
-    float *sums;         // at the places; of the others
-    float *entries;      // only score writes them
+    const T *streamed;
+    const T *given;  // at the places; of score
+    T *sums;         // at the places; of the others
+    T *entries;      // only score writes them
     View streamed_view, place_view, entry_view;
     int32_t entry_stride, kernel_columns;
     TileAxis rows, columns;
@@ -80,9 +82,9 @@ struct SimtProductArguments {
     int32_t stage_columns;
 };
 
-template <class C>
+template <class C, class T>
 struct RowLoader {
-    Source<float> source;
+    Source<T, 4> source;
     int rows, columns;  // extents of the streamed class
     int first_column, stage_columns;
 
@@ -91,8 +93,16 @@ struct RowLoader {
         for (int slot = thread_index() / C::units; slot < stage_columns; slot += C::threads / C::units) {
             const int column = first_column + slot;
             const bool in = unsigned(row) < unsigned(rows) && unsigned(column) < unsigned(columns) && source.has_unit;
-            const float *from = source.tensor + (in ? row * source.row_step + column * source.column_step : 0);
-            copy_async(stage + SharedAddress(slot * C::slot_bytes + ((unit ^ C::phase(slot)) << 4)), from, in);
+            const T *from = source.tensor + (in ? row * source.row_step + column * source.column_step : 0);
+            const SharedAddress to = stage + SharedAddress(slot * C::slot_bytes + ((unit ^ C::phase(slot)) << 4));
+            if constexpr (sizeof(T) == 4) {
+                copy_async(to, from, in);
+            } else {
+                T pairs[4] = {};
+                const uint32_t words[] = {in ? load_pair(from) : 0, in ? load_pair(from + 2) : 0};
+                memcpy(pairs, words, sizeof words);
+                store_shared(to, {widen(pairs[0]), widen(pairs[1]), widen(pairs[2]), widen(pairs[3])});
+            }
         }
         copy_commit();
     }
@@ -113,10 +123,10 @@ GPU_FUNCTION void reduce_slices(float (&total)[2], const float (&part)[4][2]) {
 }
 
 // The entries that a warp has in shared memory: those of one row of windows at a time.
-template <class C, Product product>
+template <class C, Product product, class T>
 struct WarpEntries {
     static constexpr bool transposes = product == Product::transposed;
-    const SimtProductArguments &a;
+    const SimtProductArguments<T> &a;
     const Section &rows, &columns;
     SharedAddress memory;
     int first_column, streamed_columns;
@@ -132,8 +142,8 @@ struct WarpEntries {
         const int first_query = transposes ? first_column : columns.first_query;
         const int left = transposes ? columns.keys - first_column : columns.queries - columns.first_query;
         const int count = transposes ? streamed_columns : C::query_columns;
-        float *const from = a.entries + (block.batch * a.entry_view.batch + block.head * a.entry_view.head +
-                                         query_row * a.entry_view.row);
+        T *const from = a.entries + (block.batch * a.entry_view.batch + block.head * a.entry_view.head +
+                                     query_row * a.entry_view.row);
         int window = lane_index() / a.kernel_columns, u = lane_index() % a.kernel_columns;
         while (window < count && window < left) {
             const int position = columns.position(a.columns, first_query + window);
@@ -148,8 +158,8 @@ struct WarpEntries {
     }
 };
 
-template <class C, Product product>
-GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUMENT SimtProductArguments a) {
+template <class C, Product product, class T>
+GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUMENT SimtProductArguments<T> a) {
     constexpr bool scores = product == Product::score, transposes = product == Product::transposed;
     static_assert(C::places == 4 && C::step == (scores ? 2 : 1) && C::stage_rows == 1, "as written below");
     const BlockPlace block(a.rows, a.columns, a.heads);
@@ -158,16 +168,16 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUME
     const int first_row = rows.range(a.rows, 0).begin, end_row = rows.range(a.rows, C::query_rows - 1).end;
     const int first_column = columns.range(a.columns, 0).begin;
     const int streamed_columns = columns.range(a.columns, C::query_columns - 1).end - first_column;
-    const RowLoader<C> loader = {{a.streamed, a.streamed_view, block.batch, block.head, a.rows, a.columns, rows,
-                                  columns, thread_index() % C::units, a.channels},
-                                 rows.keys,
-                                 columns.keys,
-                                 first_column,
-                                 streamed_columns + C::spare_columns};
+    const RowLoader<C, T> loader = {{a.streamed, a.streamed_view, block.batch, block.head, a.rows, a.columns, rows,
+                                     columns, thread_index() % C::units, a.channels},
+                                    rows.keys,
+                                    columns.keys,
+                                    first_column,
+                                    streamed_columns + C::spare_columns};
     const Strip<C> strip(a.rows, a.columns, rows, columns, first_column, loader.stage_columns);
     const SharedAddress memory = shared_memory(), stage_bytes = SharedAddress(a.stage_columns * C::slot_bytes);
     const int warp = thread_index() / warp_size, windows = transposes ? a.stage_columns : C::query_columns;
-    const WarpEntries<C, product> entries = {
+    const WarpEntries<C, product, T> entries = {
         a,
         rows,
         columns,
@@ -233,8 +243,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUME
             copy_wait<0>();
         }
         if (!scores && strip.sees_row(row))
-            entries.for_each(block, strip.row, row, [](SharedAddress to, const float *from, bool is_key) {
-                store_shared_number(to, is_key ? *from : 0);
+            entries.for_each(block, strip.row, row, [](SharedAddress to, const T *from, bool is_key) {
+                store_shared_number(to, is_key ? widen(*from) : 0);
             });
         synchronize();
         if (strip.sees_row(row))
@@ -243,8 +253,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUME
             });
         synchronize();
         if (scores && strip.sees_row(row))
-            entries.for_each(block, strip.row, row, [](SharedAddress from, float *to, bool is_key) {
-                if (is_key) *to = load_shared_number<float>(from);
+            entries.for_each(block, strip.row, row, [](SharedAddress from, T *to, bool is_key) {
+                if (is_key) narrow(load_shared_number<float>(from), *to);
             });
     }
 

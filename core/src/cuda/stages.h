@@ -47,22 +47,23 @@ struct Section {
 // What the blocks of a launch have in common: which tile, head and batch each computes.
 struct BlockPlace {
     int row_tile, column_tile, head, batch;
+    int image;  // the how many-th of the launch: heads run fastest
 
-    GPU_METHOD BlockPlace(const TileAxis &rows, const TileAxis &columns, int heads) {
+    GPU_METHOD BlockPlace(const TileAxis &rows, const TileAxis &columns, int heads, int first_image = 0) {
         int block = block_index().x;
         column_tile = block % (columns.tiles * columns.dilation);
         block /= columns.tiles * columns.dilation;
         row_tile = block % (rows.tiles * rows.dilation);
-        block /= rows.tiles * rows.dilation;
-        head = block % heads;
-        batch = block / heads;
+        image = block / (rows.tiles * rows.dilation);
+        head = (first_image + image) % heads;
+        batch = (first_image + image) / heads;
     }
 };
 
-// A tensor that stages are copied from: this thread's unit, 16 bytes of channels, of the block's class.
-template <class T>
+// A tensor that stages are copied from: this thread's unit of channels, 16 bytes in shared memory, of the block's
+// class.
+template <class T, int unit_channels = 16 / int(sizeof(T))>
 struct Source {
-    static constexpr int unit_channels = 16 / int(sizeof(T));
     const T *tensor;
     int row_step, column_step;
     bool has_unit;  // else it is padding

@@ -2,7 +2,7 @@
 // Device and launches: arch/sm80.cu. The plan of the backward: gradients.h.
 #pragma once
 #include "gradients.h"
-#include "tensor_core_tiles.h"
+#include "tensor_core_bias.h"
 
 namespace localattn::cuda {
 
@@ -32,9 +32,9 @@ GPU_FUNCTION bool all_see(const Box &box, int column) {
     return column >= box.common.begin && column + 4 <= box.common.end;
 }
 
-template <class C, class T>
-GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARGUMENT GradientArguments<T> a) {
-    const BlockPlace block(a.rows, a.columns, a.heads);
+template <class C, class T, class Bias>
+GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARGUMENT GradientArguments<T, Bias> a) {
+    const BlockPlace block(a.rows, a.columns, a.heads, a.first_image);
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
     if (rows.first_query >= rows.queries || columns.first_query >= columns.queries) return;
     const WarpTile<C> warp(rows, columns);
@@ -46,9 +46,11 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
     const KeyStages<C, T> stages(a, block, rows, columns);
     const int first_column = stages.loader.first_column;
 
+    const WarpBias<C, Bias> bias = {a.bias, block, a.rows, a.columns, rows, columns, warp};
     uint32_t query[C::patches][C::width / 16][4], grad_output[C::patches][C::width / 16][4];
-    float sum[C::patches][C::width / 8][4];
+    float sum[C::patches][C::sum_width / 8][4];
     Statistics statistics[C::patches][2];
+    const int first_channel = C::parts == 1 ? 0 : a.part * C::sum_width;
     const T *query_head = a.query + (block.batch * a.query_view.batch + block.head * a.query_view.head);
     const T *grad_head =
         a.grad_output + (block.batch * a.grad_output_view.batch + block.head * a.grad_output_view.head);
@@ -79,31 +81,35 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
             const ChunkReader<C> reader(stages.at(stage), 4 * (begin - first_column));
             for (int column = begin; column < end; column += 4) {
                 const SharedAddress offset = SharedAddress((column - begin) / 4 * ChunkReader<C>::chunk_bytes);
-                float score[C::patches][2][4] = {}, by_weight[C::patches][2][4] = {};
+                float scores[C::patches][1][2][4] = {}, by_weight[C::patches][2][4] = {};
                 GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
                     uint32_t key[4], value[4];
                     reader.read(key, offset, d);
                     reader.read(value, offset + stages.loader.second_at(), d);
                     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
                         if (any_sees(column_box[p], column)) {
-                            multiply_add(T(), score[p][0], query[p][d], key[0], key[1]);
-                            multiply_add(T(), score[p][1], query[p][d], key[2], key[3]);
+                            multiply_add(T(), scores[p][0][0], query[p][d], key[0], key[1]);
+                            multiply_add(T(), scores[p][0][1], query[p][d], key[2], key[3]);
                             multiply_add(T(), by_weight[p][0], grad_output[p][d], value[0], value[1]);
                             multiply_add(T(), by_weight[p][1], grad_output[p][d], value[2], value[3]);
                         }
                 }
                 uint32_t by_score[C::patches][4];
                 GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
-                    if (!window.rows_common || !all_see(column_box[p], column)) window.mask(score[p], p, column);
+                    if constexpr (Bias::present) bias.apply(scores[p], p, stage_row, column);
+                    float (&score)[2][4] = scores[p][0];
+                    if (!window.rows_common || !all_see(column_box[p], column)) window.mask(score, p, column);
                     GPU_UNROLL_FOR (int n = 0; n < 2; ++n)
                         GPU_UNROLL_FOR (int i = 0; i < 4; ++i)
-                            to_gradients(score[p], by_weight[p], n, i, fabsf(a.scale) * log2_of_e,
-                                         statistics[p][i / 2]);
+                            to_gradients(score, by_weight[p], n, i, fabsf(a.scale) * log2_of_e, statistics[p][i / 2]);
+                    if constexpr (Bias::present)
+                        if (a.bias.score_gradient && first_channel == 0)
+                            bias.store_gradients(by_weight[p], window, p, stage_row, column);
                     pack_fragment<T>(by_score[p], by_weight[p]);
                 }
-                GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
+                GPU_UNROLL_FOR (int d = 0; d < C::sum_width / 16; ++d) {
                     uint32_t key[4];
-                    reader.read_transposed(key, offset, d);
+                    reader.read_transposed(key, offset, first_channel / 16 + d);
                     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
                         if (any_sees(column_box[p], column)) {
                             multiply_add(T(), sum[p][2 * d], by_score[p], key[0], key[1]);
@@ -115,19 +121,20 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
         synchronize();
     }
 
+    if (!a.grad_query) return;
     T *to = a.grad_query + (block.batch * a.grad_query_view.batch + block.head * a.grad_query_view.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             const LanePlace place(rows, columns, warp.row, warp.column, p, r);
             if (place.exists)
                 write_row(to + place.offset(a.grad_query_view, a.rows, a.columns, rows, columns), sum[p], r, a.scale,
-                          a.channels);
+                          a.channels, first_channel);
         }
 }
 
 // Either gradient or both at once, which computes the weights once but takes twice the registers for sums.
-template <class C, class T, bool with_key, bool with_value>
-GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUMENT GradientArguments<T> a) {
+template <class C, class T, class Bias, bool with_key, bool with_value>
+GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUMENT GradientArguments<T, Bias> a) {
     static_assert(C::patches == 1, "two sums of a patch fill the registers");
     const BlockPlace block(a.rows, a.columns, a.heads / a.heads_a_key);
     const Section rows(a.rows, block.row_tile, C::query_rows), columns(a.columns, block.column_tile, C::query_columns);
@@ -143,7 +150,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
     if (stages.count > 0) stages.load(0);
 
     uint32_t key[C::width / 16][4], value[C::width / 16][4];
-    float key_sum[C::width / 8][4], value_sum[C::width / 8][4];
+    float key_sum[C::sum_width / 8][4], value_sum[C::sum_width / 8][4];
+    const int first_channel = C::parts == 1 ? 0 : a.part * C::sum_width;
     load_fragments<C>(key, a.key + (block.batch * a.key_view.batch + block.head * a.key_view.head), a.key_view, a.rows,
                       a.columns, rows, columns, warp, 0, a.channels, sign_bits(a.scale));
     if constexpr (with_key)
@@ -176,6 +184,9 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
                         multiply_add(T(), by_weight[1], value[d], grad[2], grad[3]);
                     }
                 }
+                if constexpr (Bias::present)
+                    apply_to_keys(score, a.bias, a.rows, a.columns, rows, columns, warp, stages.loader, block.batch,
+                                  stages.head_of_stage(stage), stage_row, column);
                 if (!window.rows_common || !all_see(column_box[0], column)) window.mask(score, 0, column);
                 GPU_UNROLL_FOR (int n = 0; n < 2; ++n)
                     GPU_UNROLL_FOR (int b = 0; b < 2; ++b) {
@@ -188,15 +199,15 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
                 uint32_t weight[4], by_score[4];
                 pack_fragment<T>(weight, score);
                 pack_fragment<T>(by_score, by_weight);
-                GPU_UNROLL_FOR (int d = 0; d < C::width / 16; ++d) {
+                GPU_UNROLL_FOR (int d = 0; d < C::sum_width / 16; ++d) {
                     uint32_t query[4], grad[4];
                     if constexpr (with_value) {
-                        reader.read_transposed(grad, offset + second_at, d);
+                        reader.read_transposed(grad, offset + second_at, first_channel / 16 + d);
                         multiply_add(T(), value_sum[2 * d], weight, grad[0], grad[1]);
                         multiply_add(T(), value_sum[2 * d + 1], weight, grad[2], grad[3]);
                     }
                     if constexpr (with_key) {
-                        reader.read_transposed(query, offset, d);
+                        reader.read_transposed(query, offset, first_channel / 16 + d);
                         multiply_add(T(), key_sum[2 * d], by_score, query[0], query[1]);
                         multiply_add(T(), key_sum[2 * d + 1], by_score, query[2], query[3]);
                     }
@@ -212,12 +223,12 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
         if (with_key && a.grad_key) {
             T *to = a.grad_key + (block.batch * a.grad_key_view.batch + block.head * a.grad_key_view.head);
             write_row(to + place.offset(a.grad_key_view, a.rows, a.columns, rows, columns), key_sum, r, a.scale,
-                      a.channels);
+                      a.channels, first_channel);
         }
         if (with_value && a.grad_value) {
             T *to = a.grad_value + (block.batch * a.grad_value_view.batch + block.head * a.grad_value_view.head);
             write_row(to + place.offset(a.grad_value_view, a.rows, a.columns, rows, columns), value_sum, r, 1,
-                      a.value_channels);
+                      a.value_channels, first_channel);
         }
     }
 }

@@ -5,7 +5,7 @@
 // The softmax is online, in registers: a running maximum and sum per query row, rescaled when the maximum rises.
 #pragma once
 #include "forward.h"
-#include "tensor_core_tiles.h"
+#include "tensor_core_bias.h"
 
 namespace localattn::cuda {
 
@@ -13,30 +13,6 @@ template <class C>
 struct Accumulators {
     uint32_t query[C::patches][C::width / 16][4];
     float output[C::patches][C::sum_width / 8][4], top[C::patches][2], sum[C::patches][2];
-};
-
-// The biases of a warp's queries.
-template <class C, class Bias>
-struct WarpBias {
-    const Bias &bias;
-    const BlockPlace &block;
-    const TileAxis &row_axis, &column_axis;
-    const Section &rows, &columns;
-    const WarpTile<C> &warp;
-
-    // Adds what a chunk of keys gets; it begins at `row` and `column`.
-    GPU_METHOD void add(float (&score)[2][4], int patch, int row, int column) const {
-        GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
-            const LanePlace place(rows, columns, warp.row, warp.column, patch, r);
-            if (!place.exists) continue;
-            const QueryBias query(bias, block.batch, block.head, rows.position(row_axis, place.row),
-                                  columns.position(column_axis, place.column));
-            GPU_UNROLL_FOR (int n = 0; n < 2; ++n)
-                GPU_UNROLL_FOR (int b = 0; b < 2; ++b)
-                    score[n][2 * r + b] +=
-                        query.of(row + lane_index() % 2 * 2 + b, column + 2 * n + lane_index() % 4 / 2);
-        }
-    }
 };
 
 // Adds one stage of keys, which starts at `stage` with `first_column` in its first slot.
@@ -71,8 +47,7 @@ GPU_FUNCTION void attend(Accumulators<C> &state, const LaneWindow<C> &window, co
 
         uint32_t weight[C::patches][C::group][4];
         GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) {
-            if constexpr (Bias::present)
-                GPU_UNROLL_FOR (int c = 0; c < C::group; ++c) bias.add(score[p][c], p, stage_row, group + 4 * c);
+            if constexpr (Bias::present) bias.apply(score[p], p, stage_row, group);
             if (!window.rows_common || group < column_box[p].common.begin ||
                 group + 4 * C::group > column_box[p].common.end) {
                 GPU_UNROLL_FOR (int c = 0; c < C::group; ++c) window.mask(score[p][c], p, group + 4 * c);

@@ -93,6 +93,11 @@ struct LaneWindow {
         }
         rows_common = stage_row >= row_box.common.begin && stage_row + C::stage_rows <= row_box.common.end;
     }
+    // Does the query of accumulator [n][i] see its key in the chunk that starts at `column`?
+    GPU_METHOD bool sees(int patch, int column, int n, int i) const {
+        const int mine = column + 2 * n + lane_index() % 4 / 2;
+        return mine >= columns[patch].begin && mine < columns[patch].end && (row_bits >> i & 1);
+    }
     // Makes the scores of the keys that a query does not see -infinity; `column` is the chunk's first.
     GPU_METHOD void mask(float (&score)[2][4], int patch, int column) const {
         GPU_UNROLL_FOR (int n = 0; n < 2; ++n) {

@@ -42,6 +42,10 @@ struct Variant {
     const Kernel<RoutedProblem> *routed_attention = nullptr;
 };
 
+// So many gradients of scores does the workspace of a tiled backward with gradients of biases hold, or those of one
+// head of one batch: as much as stays in the cache of a large device. Tests lower it.
+extern int64_t cached_score_gradients;
+
 // Best first; `generic`, which declines nothing, last.
 extern const Variant *const variants[];
 extern const int32_t variant_count;

@@ -7,6 +7,8 @@ extern const Variant generic_variant;
 extern const Variant sm80_variant;
 extern const Variant simt_variant;
 
+int64_t cached_score_gradients = int64_t(8) << 20;
+
 const Variant *const variants[] = {
 #if LOCALATTN_CUDA_SM80
     &sm80_variant,

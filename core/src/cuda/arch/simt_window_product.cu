@@ -1,11 +1,11 @@
-// Similarity and weighting in float32, tiled: launches, and the table of the tiles. Device code:
+// Similarity and weighting, tiled: launches, and the table of the tiles. Device code:
 // ../simt_window_product.h.
 #include "../simt_window_product.h"
 
 #include <cmath>
 #include <type_traits>
 
-#include "simt_operators.h"
+#include "simt_parts.h"
 #include "tiled.h"
 
 namespace localattn::cuda {
@@ -13,23 +13,24 @@ namespace localattn::cuda {
 namespace {
 
 // By width of the channels: lanes that share a strip. A lane's slices of its places stay in registers. Steps of the
-// sums are of one column, which leaves them registers.
-template <int width, Product product>
-struct Tile : SimtTile<width, width <= 64 ? 4 : 16, 4, product == Product::score ? 2 : 1, 8, 2> {};
+// sums are of one column, which leaves them registers; widening 16-bit floats takes more than two blocks have.
+template <int width, Product product, class T>
+struct Tile : SimtTile<width, width <= 64 ? 4 : 16, 4, product == Product::score ? 2 : 1, 8,
+                       product == Product::transposed && sizeof(T) == 2 ? 1 : 2> {};
 
-template <Product product, class Visit>
+template <Product product, class T, class Visit>
 auto with_width(const WindowProduct &p, Visit visit) {
-    if (p.channels <= 32) return visit(Tile<32, product>());
-    if (p.channels <= 64) return visit(Tile<64, product>());
-    if (p.channels <= 128) return visit(Tile<128, product>());
-    return visit(Tile<256, product>());
+    if (p.channels <= 32) return visit(Tile<32, product, T>());
+    if (p.channels <= 64) return visit(Tile<64, product, T>());
+    if (p.channels <= 128) return visit(Tile<128, product, T>());
+    return visit(Tile<256, product, T>());
 }
 
 // Calls visit(tile, integral constant) with those of the problem.
-template <class Visit>
+template <class T, class Visit>
 auto with_tile(const WindowProduct &p, Visit visit) {
     const auto with = [&](auto product) {
-        return with_width<decltype(product)::value>(p, [&](auto tile) { return visit(tile, product); });
+        return with_width<decltype(product)::value, T>(p, [&](auto tile) { return visit(tile, product); });
     };
     switch (p.product) {
         case Product::score:
@@ -54,14 +55,15 @@ int64_t shared_bytes(const WindowProduct &p) {
 }
 
 const char *declines(const WindowProduct &p, const Device &device) {
-    if (p.dtype != Dtype::float32) return "computes float32 only";
+    if (p.dtype == Dtype::float64) return "computes no float64";
     if (const char *reason = declines_window(p)) return reason;
     if (p.channels > 256) return "computes at most 256 channels a head";
     if (p.channels % 4) return "channels must be a multiple of 4";
     const bool transposes = p.product == Product::transposed;
-    if (!unit_aligned(p, transposes ? p.query : p.key, 4, 4))
-        return "what is read more than once needs contiguous channels and 16-byte alignment";
-    if (!unit_aligned(p, transposes ? p.key : p.query, 1, 4)) return "needs contiguous channels";
+    const int64_t size = p.dtype == Dtype::float32 ? 4 : 2, together = p.dtype == Dtype::float32 ? 4 : 2;
+    if (!unit_aligned(p, transposes ? p.query : p.key, together, size))
+        return "what is read more than once needs contiguous channels and 16-byte alignment, in 16 bits 4-byte";
+    if (!unit_aligned(p, transposes ? p.key : p.query, 1, size)) return "needs contiguous channels";
     if (const char *reason = declines_size(p)) return reason;
     const Tensor &t = p.entries;
     const int64_t longest[] = {p.axis[1].queries, p.axis[2].queries, p.entry_count()},
@@ -69,7 +71,7 @@ const char *declines(const WindowProduct &p, const Device &device) {
     double reach = 0;
     for (int x = 0; x < 3; ++x) reach += double(longest[x]) * std::fabs(double(strides[x]));
     if (reach >= 2147483648.0) return "an image's entries span 2^31 elements or more";
-    const int64_t bytes = with_tile(p, [&](auto tile, auto) { return shared_bytes<decltype(tile)>(p); });
+    const int64_t bytes = with_tile<float>(p, [&](auto tile, auto) { return shared_bytes<decltype(tile)>(p); });
     return bytes > device.shared_bytes ? "the window is too wide for shared memory" : nullptr;
 }
 
@@ -102,15 +104,15 @@ size_t workspace(const WindowProduct &p) {
     return Workspace(p, nowhere).bytes;
 }
 
-template <class C, Product product>
+template <class C, Product product, class T>
 const char *launch_tiles(const WindowProduct &p, const Workspace &w, void *stream) {
     constexpr bool transposes = product == Product::transposed;
     const Axis &rows = p.axis[1], &columns = p.axis[2];
     const Tensor &places = transposes ? p.key : p.query, &streamed = transposes ? p.query : p.key;
-    SimtProductArguments a{};
-    a.streamed = pointer<const float>(streamed);
-    a.given = a.sums = pointer<float>(places);
-    a.entries = pointer<float>(p.entries);
+    SimtProductArguments<T> a{};
+    a.streamed = pointer<const T>(streamed);
+    a.given = a.sums = pointer<T>(places);
+    a.entries = pointer<T>(p.entries);
     a.streamed_view = view_of(streamed), a.place_view = view_of(places), a.entry_view = view_of(p.entries);
     a.entry_stride = int32_t(p.entries.channel), a.kernel_columns = int32_t(columns.kernel);
     a.rows = transposes ? tile_axis(rows.keys, rows.queries, rows.dilation, C::query_rows, w.queries[0])
@@ -120,11 +122,12 @@ const char *launch_tiles(const WindowProduct &p, const Workspace &w, void *strea
     a.row_start = w.start[0], a.column_start = w.start[1];
     a.heads = int32_t(p.heads), a.channels = int32_t(p.channels);
     a.stage_columns = int32_t(stage_columns<C>(p));
-    return launch<simt_window_product<C, product>>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
-                                                   size_t(shared_bytes<C>(p)), stream, a);
+    return launch<simt_window_product<C, product, T>>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
+                                                      size_t(shared_bytes<C>(p)), stream, a);
 }
 
-const char *run(const WindowProduct &p, void *stream, void *memory) {
+template <class T>
+const char *run_typed(const WindowProduct &p, void *stream, void *memory) {
     const Workspace w(p, memory);
     const WindowTableArguments tables = {{p.axis[1], p.axis[2]}, {w.keys[0], w.keys[1]}, {w.start[0], w.start[1]}};
     const int64_t longest = p.axis[1].queries > p.axis[2].queries ? p.axis[1].queries : p.axis[2].queries;
@@ -133,12 +136,17 @@ const char *run(const WindowProduct &p, void *stream, void *memory) {
     if (!error && p.product == Product::transposed) error = launch_key_ranges(p, w.keys, w.queries, stream);
     if (!error && p.product == Product::score) {
         const int64_t queries = p.batch * p.axis[1].queries * p.axis[2].queries * p.heads;
-        error = launch_warps<fill_outside>((queries + warp_size - 1) / warp_size, stream, p);
+        error = launch_warps<fill_outside<T>>((queries + warp_size - 1) / warp_size, stream, p);
     }
     if (error) return error;
-    return with_tile(p, [&](auto tile, auto product) {
-        return launch_tiles<decltype(tile), decltype(product)::value>(p, w, stream);
+    return with_tile<T>(p, [&](auto tile, auto product) {
+        return launch_tiles<decltype(tile), decltype(product)::value, T>(p, w, stream);
     });
+}
+
+const char *run(const WindowProduct &p, void *stream, void *memory) {
+    if (p.dtype == Dtype::float32) return run_typed<float>(p, stream, memory);
+    return with_16_bits(p.dtype, [&](auto element) { return run_typed<decltype(element)>(p, stream, memory); });
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 #include <type_traits>
 
 #include "../tensor_core_routed.h"
-#include "sm80_operators.h"
+#include "sm80_parts.h"
 #include "tiled.h"
 
 namespace localattn::cuda {

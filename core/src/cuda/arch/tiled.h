@@ -68,7 +68,6 @@ inline const char *declines_window(const Problem &p) {
     if (p.batch == 0 || rows.queries == 0 || columns.queries == 0 || rows.keys == 0 || columns.keys == 0)
         return "takes no empty maps";
     if (p.raster) return "a raster-causal window is no rectangle";
-    if (p.key_mask.data) return "takes no key mask";
     const double magnitude = std::fabs(p.scale);
     if (p.scale != 0 && !(magnitude > 1e-30 && magnitude < 1e30))
         return "the scale must be 0, or from 1e-30 to 1e30 in magnitude";
@@ -120,9 +119,20 @@ Real *pointer(const Tensor &t) {
     return static_cast<Real *>(t.data);
 }
 
+// Are scores more than products, or their gradients wanted?
+inline bool has_score_bias(const Problem &p) { return p.has_bias() || p.wants_bias_gradient() || p.key_mask.data; }
+
+// Entries of the windows of an image, one head of one batch.
+inline double image_entries(const Problem &p) {
+    return double(p.axis[1].queries) * double(p.axis[2].queries) * double(p.axis[1].kernel) * double(p.axis[2].kernel);
+}
+
 // NULL if 32 bits number every element of an image's biases, else why not.
 inline const char *declines_bias(const Problem &p) {
-    if (p.axis_bias[0].data) return "takes no bias of a third axis";
+    if (p.axis_bias[0].data || p.grad_axis_bias[0].data) return "takes no bias of a third axis";
+    if (!addressable(p.key_mask, p.axis[1].keys, p.axis[2].keys)) return "the key mask spans 2^31 elements or more";
+    if (p.wants_bias_gradient() && image_entries(p) > 268435456)
+        return "gradients of biases want at most 2^28 entries in the windows of an image";
     const int64_t kernel[] = {p.axis[1].kernel, p.axis[2].kernel};
     const auto entries_fit = [&](Tensor t, int64_t entries) {
         const double reach = double(entries) * std::fabs(double(t.channel));
@@ -135,7 +145,7 @@ inline const char *declines_bias(const Problem &p) {
 }
 
 template <class T>
-ScoreBias<T> bias_of(const Problem &p, const Anchor *rows, const Anchor *columns) {
+ScoreBias<T> bias_of(const Problem &p, const Anchor *rows, const Anchor *columns, float factor) {
     ScoreBias<T> b{};
     b.whole = pointer<const T>(p.bias), b.table = pointer<const T>(p.rel_pos_bias);
     b.by_row = pointer<const T>(p.axis_bias[1]), b.by_column = pointer<const T>(p.axis_bias[2]);
@@ -147,7 +157,10 @@ ScoreBias<T> bias_of(const Problem &p, const Anchor *rows, const Anchor *columns
     b.table_row = int32_t(p.rel_pos_bias.axis[1]), b.table_column = int32_t(p.rel_pos_bias.axis[2]);
     b.kernel_rows = int32_t(p.axis[1].kernel), b.kernel_columns = int32_t(p.axis[2].kernel);
     b.rows = rows, b.columns = columns;
-    b.over_scale = p.scale == 0 ? 1 : float(1 / std::fabs(p.scale));
+    b.factor = factor;
+    b.key_mask = pointer<const uint8_t>(p.key_mask), b.mask_view = view_of(p.key_mask);
+    b.key_rows = int32_t(p.axis[1].keys), b.key_columns = int32_t(p.axis[2].keys);
+    b.query_rows = int32_t(p.axis[1].queries), b.query_columns = int32_t(p.axis[2].queries);
     return b;
 }
 

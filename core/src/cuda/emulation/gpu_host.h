@@ -140,6 +140,7 @@ GPU_FUNCTION int uniform(int value, int line = __builtin_LINE()) {
     return value;
 }
 GPU_FUNCTION int64_t opaque(int64_t value) { return value; }
+GPU_FUNCTION int opaque(int value) { return value; }
 GPU_FUNCTION float shuffle_xor(float value, int lanes, int line = __builtin_LINE()) {
     emulation::Shuffle shuffle{value, lanes, 0};
     emulation::Machine::current().collective<emulation::Shuffle>(
@@ -190,6 +191,10 @@ GPU_FUNCTION uint32_t load_shared(SharedAddress from, int line = __builtin_LINE(
 GPU_FUNCTION void load_shared(float (&values)[4], SharedAddress from, int line = __builtin_LINE()) {
     emulation::Machine &machine = emulation::Machine::current();
     std::memcpy(values, machine.access(from, 16, machine.thread(), false, line), 16);
+}
+GPU_FUNCTION void store_shared(SharedAddress to, const float (&values)[4], int line = __builtin_LINE()) {
+    emulation::Machine &machine = emulation::Machine::current();
+    std::memcpy(machine.access(to, 16, machine.thread(), true, line), values, 16);
 }
 GPU_FUNCTION void store_shared(SharedAddress to, uint32_t value, int line = __builtin_LINE()) {
     emulation::Machine &machine = emulation::Machine::current();
