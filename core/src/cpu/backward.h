@@ -95,9 +95,9 @@ struct QueryPassWorker {
         const Plan &plan = w.plan;
         w.tiles = take_tiles(plan, arena);
         take_key_ring(w.ring, plan, Pass::backward, arena);
-        w.q_row = padded(w.problem.channels * V::lanes, sizeof(T));
-        w.o_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
-        w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
+        w.q_row = odd_lines(w.problem.channels * V::lanes, sizeof(T));
+        w.o_row = odd_lines(w.problem.value_channels * V::lanes, sizeof(T));
+        w.s_row = odd_lines(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
         w.q = arena.take<T>(plan.block_rows * w.q_row);
         w.grad_q = arena.take<T>(plan.block_rows * w.q_row);
         w.grad_o = arena.take<T>(plan.block_rows * w.o_row);
@@ -279,9 +279,9 @@ struct KeyPassWorker {
         const Plan &plan = w.plan;
         w.tiles = take_tiles(plan, arena);
         take_query_ring(w.ring, plan, arena);
-        w.k_row = padded(w.problem.channels * V::lanes, sizeof(T));
-        w.v_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
-        w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
+        w.k_row = odd_lines(w.problem.channels * V::lanes, sizeof(T));
+        w.v_row = odd_lines(w.problem.value_channels * V::lanes, sizeof(T));
+        w.s_row = odd_lines(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
         w.k = arena.take<T>(plan.block_rows * w.k_row);
         w.v = arena.take<T>(plan.block_rows * w.v_row);
         // Where query heads share keys, each head passes all tiles in turn, over the same packed rows.

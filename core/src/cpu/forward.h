@@ -33,9 +33,9 @@ struct ForwardWorker {
         const Plan &plan = w.plan;
         w.tiles = take_tiles(plan, arena);
         take_key_ring(w.ring, plan, Pass::forward, arena);
-        w.q_row = padded(V::words(w.problem.channels) * V::lanes, sizeof(T));
-        w.o_row = padded(w.problem.value_channels * V::lanes, sizeof(T));
-        w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
+        w.q_row = odd_lines(V::words(w.problem.channels) * V::lanes, sizeof(T));
+        w.o_row = odd_lines(w.problem.value_channels * V::lanes, sizeof(T));
+        w.s_row = odd_lines(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
         const int64_t rows = plan.block_rows * plan.tiles_at_once;
         w.q = arena.take<T>(rows * w.q_row);
         w.o = arena.take<T>(rows * w.o_row);

@@ -11,13 +11,6 @@ constexpr int32_t jobs_each = 2;
 // What a job holds, wished for and at most: beyond, the passes over one side at a time need less.
 constexpr int64_t wished_bytes = int64_t{4} << 20, most_bytes = int64_t{6} << 20;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t odd_lines(int64_t elements, int element) {
-    const int64_t line = 64 / element;
-    return (ceil_div(elements, line) | 1) * line;
-}
-
 struct Shape {
     int64_t tiles;        // along the whole axis
     int64_t reached;      // tiles on either side that a tile pairs with

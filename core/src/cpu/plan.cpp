@@ -8,13 +8,17 @@ namespace localattn::cpu {
 namespace {
 
 int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+
+}  // namespace
+
 int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// Channels an odd number of cache lines apart do not fall into the same sets.
 int64_t odd_lines(int64_t elements, int element) {
     const int64_t line = 64 / element;
     return (ceil_div(elements, line) | 1) * line;
 }
+
+namespace {
 
 void take_list(RowList &list, int64_t count, int64_t classes, Arena &arena) {
     list.count = count;

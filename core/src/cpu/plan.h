@@ -19,6 +19,12 @@
 
 namespace localattn::cpu {
 
+// Rounded up; b > 0.
+int64_t ceil_div(int64_t a, int64_t b);
+// At least so many elements of `element` bytes: an odd number of cache lines, so that rows or channels as far apart do
+// not fall into the same sets.
+int64_t odd_lines(int64_t elements, int element);
+
 // Hands out 64-byte aligned pieces of one block; over no block it only counts, which gives the workspace's size.
 class Arena {
 public:

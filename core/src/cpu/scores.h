@@ -34,13 +34,6 @@ LOCALATTN_INLINE bool is_real(const Plan &plan, const Block &block, int r, int64
            b < rows1.end[block.row + r];
 }
 
-// Rows of tile buffers an odd number of cache lines apart, so that they do not fall into the same sets.
-LOCALATTN_INLINE ptrdiff_t padded(ptrdiff_t elements, int element) {
-    const ptrdiff_t line = 64 / element;
-    const ptrdiff_t lines = (elements + line - 1) / line;
-    return (lines % 2 ? lines : lines + 1) * line;
-}
-
 // The rows of A that a tile is about: [row][channel], each element a register of lanes.
 template <class V>
 struct TileRows {

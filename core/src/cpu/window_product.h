@@ -137,8 +137,8 @@ struct ProductWorker {
         w.tiles = take_tiles(plan, arena);
         Slots<V>::take(w.slots, plan, w.problem.product == Product::score, arena);
         OneRing<V>::take(w.ring, plan, arena);
-        w.a_row = padded(w.problem.channels * V::lanes, sizeof(T));
-        w.s_row = padded(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
+        w.a_row = odd_lines(w.problem.channels * V::lanes, sizeof(T));
+        w.s_row = odd_lines(plan.chunk_rows * plan.most_slots * V::lanes, sizeof(T));
         w.a = arena.take<T>(plan.block_rows * w.a_row);
         w.s = arena.take<T>(plan.block_rows * w.s_row);
         w.entries = arena.take<T>(entries);
