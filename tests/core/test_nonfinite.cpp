@@ -18,9 +18,9 @@ using test::Tensors;
 std::vector<Config> configs() {
     std::vector<Config> all;
     for (int dtype = 0; dtype < 4; ++dtype) {
-        for (int kind = 0; kind < 8; ++kind) {
+        for (int kind = 0; kind < 10; ++kind) {
             Config c;
-            c.seed = static_cast<uint64_t>(dtype * 8 + kind + 1);
+            c.seed = static_cast<uint64_t>(dtype * 10 + kind + 1);
             c.dtype = static_cast<localattn_dtype>(dtype);
             c.heads = c.kv_heads = kind == 1 ? 2 : 1;
             c.channels = 9;
@@ -35,6 +35,8 @@ std::vector<Config> configs() {
             if (kind == 5) c.stride[0] = 3, c.stride[1] = 4;
             if (kind == 6) c.key_extent[0] = 3, c.key_extent[1] = 74;
             if (kind == 7) c.dilation[1] = 3, c.has_key_mask = true;
+            // Residue classes of five positions share a register.
+            if (kind >= 8) c.dilation[1] = 9, c.has_key_mask = kind == 9;
             c.plain_layout = true;
             all.push_back(c);
         }

@@ -144,6 +144,26 @@ void add_windows(List &list) {
         c.dilation[1] = dilation;
         list.add_borders("dilation " + std::to_string(dilation), c);
     }
+    // Several residue classes in a register, beginning and ending within it.
+    for (const int64_t width : {22, 37, 64, 83}) {
+        c = image(4, width, 3, 5);
+        set_channels(c, 19, 9);
+        c.heads = c.kv_heads = 2;
+        c.has_grad_lse = true;
+        for (const int64_t dilation : {3, 5, 16}) {
+            c.dilation[1] = dilation;
+            c.has_key_mask = false;
+            c.is_causal[1] = dilation == 5;
+            const std::string name = "width " + std::to_string(width) + ", dilation " + std::to_string(dilation);
+            list.add_borders(name, c);
+            c.is_causal[1] = false;
+            c.has_key_mask = true;
+            list.add(name + ", key mask", c);
+            c.raster_causal = true;
+            list.add(name + ", raster", c);
+            c.raster_causal = false;
+        }
+    }
     const int64_t extents[][2] = {{8, 4}, {4, 8}, {7, 5}, {5, 7}, {1, 9}, {9, 1}, {12, 3}, {3, 35}, {35, 3}};
     for (const auto &e : extents) {
         c = image(4, 1, 3, 4);

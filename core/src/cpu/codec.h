@@ -23,4 +23,40 @@ LOCALATTN_INLINE char *at(const Codec<V> &codec, const Tensor &t, int64_t offset
     return static_cast<char *>(t.data) + offset * codec.element_size;
 }
 
+// A tile of one row of A as [channel][lane], words of channels where operands are words; `row` is the row's offset in
+// the tensor. Of joined phases all stretches but the first go through `scratch`, as large as `out`.
+template <class V>
+LOCALATTN_INLINE void pack_tile(const Plan &plan, const Codec<V> &codec, const Tensor &t, int64_t row,
+                                const LaneTile &tile, int64_t channels, typename V::T factor, typename V::T *out,
+                                typename V::T *scratch) {
+    const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
+        const int64_t step = s.step * t.axis[2];
+        typename V::T *packed = lane == 0 ? out : scratch;
+        codec.pack(at(codec, t, row + s.position * t.axis[2] - lane * step), step, t.channel, lane, lane + s.lanes,
+                   V::lanes, channels, factor, packed, V::lanes);
+        if (lane == 0) return;
+        typename V::mask before{};
+        for (int64_t l = 0; l < lane; ++l) before[l] = -1;
+        for (int64_t c = 0; c < V::words(channels) * V::lanes; c += V::lanes)
+            V::store(out + c, V::choose(before, V::load(out + c), V::load(scratch + c)));
+    };
+    plan.lane_axis.each_stretch(plan.a, tile.phase, tile.lane, tile.count, body);
+}
+// The other way, times factor[lane]. Reads up to a register beyond the last channel.
+template <class V>
+LOCALATTN_INLINE void unpack_tile(const Plan &plan, const Codec<V> &codec, const typename V::T *in, Side side,
+                                  const LaneTile &tile, int64_t channels, typename V::reg factor, const Tensor &t,
+                                  int64_t row) {
+    alignas(64) typename V::T factors[2 * V::lanes];
+    const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
+        if (lane > 0) {
+            V::store(factors, factor);
+            V::store(factors + V::lanes, factor);
+        }
+        codec.unpack(in + lane, static_cast<int>(s.lanes), channels, lane == 0 ? factor : V::load(factors + lane),
+                     at(codec, t, row + s.position * t.axis[2]), s.step * t.axis[2], t.channel);
+    };
+    plan.lane_axis.each_stretch(side, tile.phase, tile.lane, tile.count, body);
+}
+
 }  // namespace localattn::cpu

@@ -23,7 +23,7 @@ struct ForwardWorker {
     LaneTile *tiles;
     int64_t tiles_strip = -1;
     KeyRing<V> ring;
-    T *q, *o, *s, *maximum, *sum, *bias_scratch;
+    T *q, *o, *s, *maximum, *sum, *bias_scratch, *pack_scratch;
     ptrdiff_t q_row, o_row, s_row;
     Stream stream;
 
@@ -43,6 +43,7 @@ struct ForwardWorker {
         w.maximum = arena.take<T>(rows * V::lanes);
         w.sum = arena.take<T>(rows * V::lanes);
         w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
+        w.pack_scratch = arena.take<T>(plan.lane_axis.joined ? w.q_row : 0);
     }
 
     // What the micro-kernel left out: rows outside the map, biases, masks.
@@ -140,38 +141,37 @@ struct ForwardWorker {
         }
     }
 
+    // The offset of a row of queries.
+    int64_t row_of(const Tensor &t, const Job &job, const Block &block, int r) const {
+        return job.batch * t.batch + job.head * t.head + plan.axis0.query.position[block.row0] * t.axis[0] +
+               plan.axis1.query.position[block.row + r] * t.axis[1];
+    }
+
     void finish(const Job &job, const Block &block, const LaneTile &tile, int index) {
-        const int64_t period = plan.lane_axis.query_period;
         for (int r = 0; r < block.rows; ++r) {
             const reg total = V::load(sum + (index + r) * V::lanes);
             const reg inverse = V::inverse_of(total);
-            const auto offset = [&](const Tensor &t) {
-                return job.batch * t.batch + job.head * t.head + plan.axis0.query.position[block.row0] * t.axis[0] +
-                       plan.axis1.query.position[block.row + r] * t.axis[1] +
-                       (tile.phase + period * tile.lane) * t.axis[2];
-            };
             const Tensor &out = problem.output, &lse = problem.lse;
-            codec.unpack(o + (index + r) * o_row, tile.count, problem.value_channels, inverse,
-                         at(codec, out, offset(out)), out.axis[2] * period, out.channel);
+            unpack_tile(plan, codec, o + (index + r) * o_row, Side::query, tile, problem.value_channels, inverse, out,
+                        row_of(out, job, block, r));
             if (lse.data) {
                 alignas(64) T natural[V::lanes];
                 V::store(natural, (V::load(maximum + (index + r) * V::lanes) + V::log2(total)) * T(ln_2));
-                T *p = static_cast<T *>(lse.data) + offset(lse);
-                for (int l = 0; l < tile.count; ++l) p[l * lse.axis[2] * period] = natural[l];
+                T *row = static_cast<T *>(lse.data) + row_of(lse, job, block, r);
+                const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
+                    T *p = row + s.position * lse.axis[2];
+                    for (int64_t l = 0; l < s.lanes; ++l) p[l * lse.axis[2] * s.step] = natural[lane + l];
+                };
+                plan.lane_axis.each_stretch(Side::query, tile.phase, tile.lane, tile.count, body);
             }
         }
     }
 
     void begin(const Job &job, const Block &block, const LaneTile &tile, int index) {
-        const int64_t period = plan.lane_axis.query_period;
         const Tensor &query = problem.query;
         for (int r = 0; r < block.rows; ++r) {
-            const int64_t offset = job.batch * query.batch + job.head * query.head +
-                                   plan.axis0.query.position[block.row0] * query.axis[0] +
-                                   plan.axis1.query.position[block.row + r] * query.axis[1] +
-                                   (tile.phase + period * tile.lane) * query.axis[2];
-            codec.pack(at(codec, query, offset), query.axis[2] * period, query.channel, 0, tile.count, V::lanes,
-                       problem.channels, score_factor<V>(problem).operand, q + (index + r) * q_row, V::lanes);
+            pack_tile(plan, codec, query, row_of(query, job, block, r), tile, problem.channels,
+                      score_factor<V>(problem).operand, q + (index + r) * q_row, pack_scratch);
             V::store(maximum + (index + r) * V::lanes, V::all(-T(__builtin_inf())));
             V::store(sum + (index + r) * V::lanes, reg{});
             for (int64_t c = 0; c < problem.value_channels; ++c)

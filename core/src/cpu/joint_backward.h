@@ -71,7 +71,7 @@ struct JointWorker {
         w.k_row = odd_lines(w.problem.channels * V::lanes, sizeof(T));
         w.v_row = odd_lines(w.problem.value_channels * V::lanes, sizeof(T));
         w.grad_k = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.k_row);
-        w.grad_v = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.v_row);
+        w.grad_v = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.v_row + V::lanes);
         w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
     }
     int64_t plane_elements() const { return plan.block_rows * plan.block_rows * pair_step(); }
@@ -191,10 +191,9 @@ struct JointWorker {
                int64_t channels, T factor, const T *sum) const {
         const RowList &rows0 = side == Side::query ? plan.axis0.query : plan.axis0.key;
         const RowList &rows1 = side == Side::query ? plan.axis1.query : plan.axis1.key;
-        const int64_t step = plan.lane_axis.period(side) * t.axis[2];
         const int64_t offset = job.batch * t.batch + job.head * t.head + rows0.position[row0] * t.axis[0] +
-                               rows1.position[row] * t.axis[1] + tile.phase * t.axis[2] + tile.lane * step;
-        codec.unpack(sum, tile.count, channels, V::all(factor), at(codec, t, offset), step, t.channel);
+                               rows1.position[row] * t.axis[1];
+        unpack_tile(plan, codec, sum, side, tile, channels, V::all(factor), t, offset);
     }
 
     // The gradients of one row of queries, summed as [tile of the strip][channel][lane].

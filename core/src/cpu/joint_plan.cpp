@@ -72,6 +72,15 @@ Shape shape_of(const Problem &problem, const PlanOptions &options, const LaneAxi
     return s;
 }
 
+// With phases joined, if all their tiles fit one strip.
+Shape choose_lanes(const Problem &problem, PlanOptions &options, LaneAxis &lane) {
+    lane = make_lane_axis(problem.axis[2], options.lanes, options.joins_phases);
+    Shape s = shape_of(problem, options, lane);
+    if (!lane.joined || s.wide == s.tiles) return s;
+    options.joins_phases = false;
+    return choose_lanes(problem, options, lane);
+}
+
 // Each query at a key of its own, which it sees.
 bool shares_map(const Axis &axis) { return axis.queries == axis.keys && axis.stride == 1; }
 
@@ -87,13 +96,14 @@ bool joint_takes(const Problem &problem, PlanOptions options) {
     // Where jobs sweep planes, the ring holds no query rows but those that pair with the job's keys: all that it owns
     // must be among them.
     if (planes.kernel > 1 && planes.keys > 1 && !shares_map(problem.axis[1])) return false;
-    const LaneAxis lane = make_lane_axis(problem.axis[2]);
-    return job_bytes(problem, options, lane, shape_of(problem, options, lane)) <= most_bytes;
+    LaneAxis lane;
+    const Shape s = choose_lanes(problem, options, lane);
+    return job_bytes(problem, options, lane, s) <= most_bytes;
 }
 
 JointPlan make_joint_plan(const Problem &problem, PlanOptions options, Arena &arena) {
-    const LaneAxis lane = make_lane_axis(problem.axis[2]);
-    const Shape s = shape_of(problem, options, lane);
+    LaneAxis lane;
+    const Shape s = choose_lanes(problem, options, lane);
     const bool whole = s.wide == s.tiles;
     options.strip_tiles = s.wide;
     options.sweep_rows = s.sweep_rows;

@@ -118,15 +118,18 @@ static size_t run_pass(const Problem &problem, const PlanOptions &options, const
 template <class V>
 static size_t run_windows(const Problem &problem, Pass pass, const Codec<V> &codec, const Workers &workers,
                           void *memory) {
-    if (pass == Pass::forward)
-        return run_pass<V, ForwardWorker<V>>(problem, options_for<V>(Side::query, true, workers.count), codec, workers,
-                                             false, memory);
+    const bool bias = problem.wants_bias_gradient(), joins_phases = !bias && !problem.has_bias();
+    if (pass == Pass::forward) {
+        PlanOptions options = options_for<V>(Side::query, true, workers.count);
+        options.joins_phases = joins_phases;
+        return run_pass<V, ForwardWorker<V>>(problem, options, codec, workers, false, memory);
+    }
     size_t most_bytes = 0;
-    const bool bias = problem.wants_bias_gradient();
     // With gradients added up over jobs, the jobs must be the same for any number of workers.
     const int32_t counted = bias ? 8 : workers.count;
-    if (const PlanOptions options = options_for<V>(Side::key, false, counted); joint_takes(problem, options))
-        return run_pass<V, JointWorker<V>>(problem, options, codec, workers, bias, memory);
+    PlanOptions joint = options_for<V>(Side::key, false, counted);
+    joint.joins_phases = joins_phases;
+    if (joint_takes(problem, joint)) return run_pass<V, JointWorker<V>>(problem, joint, codec, workers, bias, memory);
     if (problem.grad_query.data || bias) {
         const PlanOptions options = options_for<V>(Side::query, false, counted);
         most_bytes = run_pass<V, QueryPassWorker<V>>(problem, options, codec, workers, bias, memory);

@@ -132,6 +132,40 @@ LaneAxis make_lane_axis(const Axis &axis) {
     return lane;
 }
 
+LaneAxis make_lane_axis(const Axis &axis, int lanes, bool joins_phases) {
+    const LaneAxis phases = make_lane_axis(axis);
+    // Keys outside the map have no lane among joined ones.
+    if (!joins_phases || axis.dilation == 1 || axis.kernel == 1 || axis.stride != 1 || axis.queries != axis.keys ||
+        axis.border == Border::zero || axis.dilation >= axis.keys)
+        return phases;
+    const int64_t tiles = phases.query_period * ceil_div(phases.lanes(Side::query), lanes);
+    if (5 * ceil_div(axis.queries, lanes) > 4 * tiles) return phases;
+    LaneAxis lane;
+    lane.axis = axis;
+    lane.joined = true;
+    // No two tiles share a pattern.
+    lane.inner_begin = axis.queries;
+    lane.inner_end = 0;
+    for (int64_t i = 0; i < axis.queries; ++i) {
+        const LaneAxis::Stretch s = lane.stretch_at(Side::query, 0, i);
+        const Window w = window_of(axis, s.position);
+        const int64_t place = s.position / axis.dilation;
+        if (w.present_begin >= w.present_end) continue;
+        lane.lowest = std::min(lane.lowest, w.start + w.present_begin - place);
+        lane.highest = std::max(lane.highest, w.start + w.present_end - 1 - place);
+    }
+    return lane;
+}
+
+LaneAxis::Stretch LaneAxis::stretch_at(Side s, int64_t phase, int64_t lane) const {
+    if (!joined) return {INT64_MAX, period(s) * lane + phase, period(s)};
+    // The first `longer` residue classes have a lane more than the others.
+    const int64_t classes = axis.dilation, length = extent(s) / classes, longer = extent(s) % classes;
+    const int64_t beyond = lane - longer * (length + 1), size = beyond < 0 ? length + 1 : length;
+    const int64_t g = beyond < 0 ? lane / size : longer + beyond / size, place = (beyond < 0 ? lane : beyond) % size;
+    return {size - place, g + classes * place, classes};
+}
+
 // With A = query a pair's key is at key_period * (query lane) + r with lowest <= r <= highest; with A = key, at
 // key_period * (key lane) + phase, so that the query's lane is key lane + (phase - r) / key_period.
 int64_t LaneAxis::lowest_offset(Side a) const {
@@ -141,7 +175,7 @@ int64_t LaneAxis::highest_offset(Side a) const {
     return a == Side::query ? floor_div(highest, key_period) : floor_div(key_period - 1 - lowest, key_period);
 }
 int64_t LaneAxis::most_slots(Side a) const {
-    if (a == Side::query) return (highest - lowest) / axis.dilation + 1;
+    if (a == Side::query) return (highest - lowest) / (joined ? 1 : axis.dilation) + 1;
     return query_period * ((highest - lowest) / key_period + 1);
 }
 
@@ -197,6 +231,7 @@ int block_rows_of(int64_t longest_chain, int most) {
 }
 
 Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena) {
+    const Arena before = arena;
     Plan plan;
     plan.problem = &problem;
     plan.a = options.a;
@@ -204,7 +239,7 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     plan.element = options.element;
     plan.axis0 = make_row_axis(problem.axis[0], arena);
     plan.axis1 = make_row_axis(problem.axis[1], arena);
-    plan.lane_axis = make_lane_axis(problem.axis[2]);
+    plan.lane_axis = make_lane_axis(problem.axis[2], plan.lanes, options.joins_phases);
     const LaneAxis &lane = plan.lane_axis;
     const Side a = options.a, b = a == Side::query ? Side::key : Side::query;
     plan.most_slots = lane.most_slots(a);
@@ -242,6 +277,12 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     plan.strips = ceil_div(tiles, wide);
     plan.strip_tiles = ceil_div(tiles, plan.strips);
     plan.strips = ceil_div(tiles, plan.strip_tiles);
+    if (lane.joined && plan.strips > 1) {
+        PlanOptions apart = options;
+        apart.joins_phases = false;
+        arena = before;
+        return make_plan(problem, apart, arena);
+    }
     plan.phase_stride = ceil_div(plan.strip_tiles * plan.lanes + offsets, plan.lanes) * plan.lanes;
     if (plan.strips == 1) {
         // Nothing but zeros on either side: whole registers of them before each phase are also what follows the one
@@ -330,12 +371,12 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
     const int64_t cell = static_cast<int64_t>(pattern.slots) * plan.lanes;
     bool any = false, lacks = false, lacks_real = false;
     for (int l = 0; l < plan.lanes; ++l) {
-        const int64_t a_position = lane.period(a) * (tile.lane + l) + tile.phase;
-        const int64_t b_position = lane.period(b) * (tile.lane + l + offset) + b_phase;
+        const int64_t a_position = lane.position(a, tile.phase, tile.lane + l);
+        const int64_t b_position = lane.position(b, b_phase, tile.lane + l + offset);
         const int64_t query = a == Side::query ? a_position : b_position;
         const int64_t key = a == Side::query ? b_position : a_position;
         int64_t u = -1;
-        if (a_position < lane.extent(a) && query >= 0 && query < axis.queries) {
+        if (l < tile.count && query >= 0 && query < axis.queries) {
             const Window w = window_of(axis, query);
             const int64_t distance = key - (w.residue + axis.dilation * w.start);
             if (distance % axis.dilation == 0 && distance / axis.dilation >= w.present_begin &&
@@ -348,7 +389,7 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
         }
         pattern.entry[cell + l] = static_cast<int32_t>(u);
         // Lanes beyond the map take part in anything: their results are thrown away.
-        const bool paired = u >= 0 || a_position >= lane.extent(a);
+        const bool paired = u >= 0 || l >= tile.count;
         set_mask(pattern.mask, plan.element, cell + l, paired);
         if (pattern.raster_mask) set_mask(pattern.raster_mask, plan.element, cell + l, paired && u <= axis.kernel / 2);
         if (!paired) {

@@ -175,7 +175,17 @@ LOCALATTN_INLINE void pack_row(const Plan &plan, const Codec<V> &codec, const Te
     const LaneAxis &lane = plan.lane_axis;
     const Side b = plan.a == Side::query ? Side::key : Side::query;
     const int64_t period = lane.period(b), first = first_packed_lane(plan, strip);
-    for (int64_t phase = 0; phase < period; ++phase) {
+    if (lane.joined) {
+        // Each phase begins where the one before ends, over the zeros that follow it.
+        lane.each_stretch(b, 0, 0, lane.extent(b), [&](int64_t done, const LaneAxis::Stretch &s) {
+            const int64_t before = done == 0 ? -first : 0, column = done - first - before;
+            const int64_t end = done + s.lanes < lane.extent(b) ? before + s.lanes : plan.packed - column;
+            const int64_t step = tensor.axis[2] * s.step, columns = ceil_div(end, V::lanes) * V::lanes;
+            codec.pack(at(codec, tensor, offset + s.position * tensor.axis[2] - before * step), step, tensor.channel,
+                       before, before + s.lanes, columns, channels, factor, out + column, plan.packed);
+        });
+    }
+    for (int64_t phase = 0; phase < period && !lane.joined; ++phase) {
         const int64_t from = most(0, -first);
         const int64_t exist = (lane.extent(b) - phase + period - 1) / period;
         const int64_t to = least(plan.phase_stride, exist - first);
@@ -199,7 +209,7 @@ LOCALATTN_INLINE void pack_numbers(const Plan &plan, const typename V::T *source
     const int64_t period = lane.period(b), first = first_packed_lane(plan, strip);
     for (int64_t phase = 0; phase < period; ++phase) {
         for (int64_t x = 0; x < plan.phase_stride; ++x) {
-            const int64_t position = (first + x) * period + phase;
+            const int64_t position = lane.position(b, phase, first + x);
             const bool exists = position >= 0 && position < lane.extent(b);
             out[phase * plan.phase_stride + x] = exists ? factor * source[position * step2] : rest;
         }
@@ -215,7 +225,7 @@ LOCALATTN_INLINE void pack_key_mask(const Plan &plan, int64_t offset, int64_t st
     const int64_t first = first_packed_lane(plan, strip);
     for (int64_t phase = 0; phase < lane.key_period; ++phase) {
         for (int64_t x = 0; x < plan.phase_stride; ++x) {
-            const int64_t position = (first + x) * lane.key_period + phase;
+            const int64_t position = lane.position(Side::key, phase, first + x);
             const bool outside = position < 0 || position >= lane.axis.keys;
             out[phase * plan.phase_stride + x] = outside || attends[position * mask.axis[2]] ? -1 : 0;
         }
