@@ -65,7 +65,7 @@ struct GradientArguments {
     float scale;
     int32_t first_image;  // of the launch, an image being one head of one batch
     int32_t part;         // of the channels, where a tile computes parts of a gradient
-    Bias bias;            // NoBias, or ScoreBias<T>
+    Bias bias;  // NoBias, or ScoreBias<T>
 };
 
 // What streams by in ..._grad_key: stages of queries, their grad_outputs and their statistics, two of each in shared
@@ -76,30 +76,21 @@ struct QueryStages {
     int64_t query_head, grad_output_head;
     const Statistics *statistics;  // of the image, head 0
     int heads, first_head;
-    int first_row, head_stages, count;
+    int count;
     int all_columns;  // of the map
     int row_residue, row_dilation, column_residue, column_dilation;
     SharedAddress memory, stage_bytes, statistics_bytes;
 
     template <class Arguments>
     GPU_METHOD QueryStages(const Arguments &a, const BlockPlace &block, const Section &rows, const Section &columns)
-        : loader{{a.query, a.query_view, block.batch, 0, a.rows, a.columns, rows, columns, Loader<C, T>::unit(),
-                  a.channels},
-                 {a.grad_output, a.grad_output_view, block.batch, 0, a.rows, a.columns, rows, columns,
-                  Loader<C, T>::unit(), a.value_channels},
-                 rows.keys,
-                 columns.keys,
-                 columns.range(a.columns, 0).begin,
-                 columns.range(a.columns, C::query_columns - 1).end - columns.range(a.columns, 0).begin +
-                     C::spare_columns},
+        : loader({a.query, a.query_view, 0, a.channels}, {a.grad_output, a.grad_output_view, 0, a.value_channels},
+                 block.batch, a.rows, a.columns, rows, columns),
           query_head(a.query_view.head),
           grad_output_head(a.grad_output_view.head),
           statistics(a.statistics + int64_t(block.batch) * a.rows.keys * a.columns.keys * a.heads),
           heads(a.heads),
           first_head(block.head * a.heads_a_key),
-          first_row(rows.range(a.rows, 0).begin),
-          head_stages((rows.range(a.rows, C::query_rows - 1).end - first_row + C::stage_rows - 1) / C::stage_rows),
-          count(head_stages * a.heads_a_key),
+          count(loader.stages * a.heads_a_key),
           all_columns(a.columns.keys),
           row_residue(rows.residue),
           row_dilation(a.rows.dilation),
@@ -109,8 +100,8 @@ struct QueryStages {
           stage_bytes(SharedAddress(a.stage_columns * C::column_bytes)),
           statistics_bytes(SharedAddress(a.stage_columns * C::stage_rows * int(sizeof(Statistics)))) {}
 
-    GPU_METHOD int head_of_stage(int stage) const { return first_head + stage / head_stages; }
-    GPU_METHOD int row_of_stage(int stage) const { return first_row + C::stage_rows * (stage % head_stages); }
+    GPU_METHOD int head_of_stage(int stage) const { return first_head + stage / loader.stages; }
+    GPU_METHOD int row_of_stage(int stage) const { return loader.row_of_stage(stage % loader.stages); }
     GPU_METHOD SharedAddress queries_at(int stage) const { return memory + SharedAddress(stage % 2) * stage_bytes; }
     GPU_METHOD SharedAddress statistics_at(int stage, int slot) const {
         return memory + 2 * stage_bytes + SharedAddress(stage % 2) * statistics_bytes +

@@ -77,13 +77,36 @@ struct Source {
           has_unit(unit_channels * unit < channels) {}
 };
 
-// Copies stages of two tensors, one behind the other, asynchronously. Places outside the map and padding are zeros.
+// One head of a tensor that streams by.
+template <class T>
+struct Streamed {
+    const T *tensor;
+    const View &view;
+    int head, channels;
+};
+
+// Copies stages of two tensors, one behind the other, asynchronously: of the rectangle that the tile's places see.
+// Places outside the map and padding are zeros.
 template <class C, class T>
 struct Loader {
     Source<T> first, second;
     int rows, columns;  // extents of the streamed class
+    int first_row, stages;
     int first_column, stage_columns;
 
+    GPU_METHOD Loader(const Streamed<T> &one, const Streamed<T> &other, int batch, const TileAxis &row_axis,
+                      const TileAxis &column_axis, const Section &row_section, const Section &column_section)
+        : first(one.tensor, one.view, batch, one.head, row_axis, column_axis, row_section, column_section, unit(),
+                one.channels),
+          second(other.tensor, other.view, batch, other.head, row_axis, column_axis, row_section, column_section,
+                 unit(), other.channels),
+          rows(row_section.keys),
+          columns(column_section.keys),
+          first_row(row_section.range(row_axis, 0).begin),
+          stages((row_section.range(row_axis, C::query_rows - 1).end - first_row + C::stage_rows - 1) / C::stage_rows),
+          first_column(column_section.range(column_axis, 0).begin),
+          stage_columns(column_section.range(column_axis, C::query_columns - 1).end - first_column + C::spare_columns) {
+    }
     GPU_METHOD static int unit() { return thread_index() % C::units; }
     GPU_METHOD int slots() const { return C::stage_rows * stage_columns; }
     GPU_METHOD bool inside(int row, int column) const {
@@ -91,9 +114,10 @@ struct Loader {
     }
     // Bytes from a stage's first tensor to its second.
     GPU_METHOD SharedAddress second_at() const { return SharedAddress(slots() * C::slot_bytes); }
-    GPU_METHOD void load(SharedAddress stage, int first_row) const {
+    GPU_METHOD int row_of_stage(int stage) const { return first_row + C::stage_rows * stage; }
+    GPU_METHOD void load(SharedAddress stage, int stage_row) const {
         for (int slot = thread_index() / C::units; slot < slots(); slot += C::threads / C::units) {
-            const int row = first_row + slot % C::stage_rows, column = first_column + slot / C::stage_rows;
+            const int row = stage_row + slot % C::stage_rows, column = first_column + slot / C::stage_rows;
             const bool in = inside(row, column);
             const int r = in ? row : 0, c = in ? column : 0;
             const SharedAddress to = stage + SharedAddress(slot * C::slot_bytes + ((unit() ^ C::phase(slot)) << 4));
@@ -122,28 +146,21 @@ GPU_FUNCTION void advance_stage(const Stages &stages, int stage) {
 template <class C, class T>
 struct KeyStages {
     Loader<C, T> loader;
-    int first_row, count;
+    int count;
     SharedAddress memory, stage_bytes;
 
     template <class Arguments>
     GPU_METHOD KeyStages(const Arguments &a, const BlockPlace &block, const Section &rows, const Section &columns)
-        : loader{{a.key, a.key_view, block.batch, block.head / a.heads_a_key, a.rows, a.columns, rows, columns,
-                  Loader<C, T>::unit(), a.channels},
-                 {a.value, a.value_view, block.batch, block.head / a.heads_a_key, a.rows, a.columns, rows, columns,
-                  Loader<C, T>::unit(), a.value_channels},
-                 rows.keys,
-                 columns.keys,
-                 columns.range(a.columns, 0).begin,
-                 columns.range(a.columns, C::query_columns - 1).end - columns.range(a.columns, 0).begin +
-                     C::spare_columns},
-          first_row(rows.range(a.rows, 0).begin),
-          count((rows.range(a.rows, C::query_rows - 1).end - first_row + C::stage_rows - 1) / C::stage_rows),
+        : loader({a.key, a.key_view, block.head / a.heads_a_key, a.channels},
+                 {a.value, a.value_view, block.head / a.heads_a_key, a.value_channels}, block.batch, a.rows, a.columns,
+                 rows, columns),
+          count(loader.stages),
           memory(shared_memory()),
           stage_bytes(SharedAddress(a.stage_columns * C::column_bytes)) {
         load(0);
     }
 
-    GPU_METHOD int row_of_stage(int stage) const { return first_row + C::stage_rows * stage; }
+    GPU_METHOD int row_of_stage(int stage) const { return loader.row_of_stage(stage); }
     GPU_METHOD SharedAddress at(int stage) const { return memory + SharedAddress(stage % 2) * stage_bytes; }
     GPU_METHOD void load(int stage) const { loader.load(at(stage), row_of_stage(stage)); }
     GPU_METHOD void advance(int stage) const { advance_stage(*this, stage); }
