@@ -26,11 +26,13 @@ constexpr bool on_gpu = true;
 template <class T>
 using Vector = localattn::cuda::DeviceVector<T>;
 inline const char *finish_device() { return localattn::cuda::finish(); }
+inline void require_device() { localattn::cuda::test_device(); }  // ends a program that is to be skipped
 #else
 constexpr bool on_gpu = false;
 template <class T>
 using Vector = std::vector<T>;
 inline const char *finish_device() { return nullptr; }
+inline void require_device() {}
 #endif
 using Bytes = Vector<unsigned char>;
 

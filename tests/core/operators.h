@@ -143,6 +143,7 @@ struct Operation {
 // told) from LOCALATTN_TEST_SEED on, or for the one named after --case, and every variant. The exit status.
 template <class Check>
 int run_random(const char *program, int argc, char **argv, uint64_t count, const Check &check) {
+    require_device();
     const auto number = [](const char *text, uint64_t otherwise) {
         return text && *text ? std::strtoull(text, nullptr, 10) : otherwise;
     };
