@@ -43,7 +43,7 @@ inline void compare_written(const Written &w, Element element, double roundings,
         const double x = got.data[i], wanted = rounded(w.memory->element, w.exact.data[i]);
         const double tolerance = 2 * unit_roundoff(w.memory->element) * std::fabs(wanted) +
                                  (roundings * wide + narrow) * w.terms.data[i] + least;
-        if (x == wanted || std::fabs(x - wanted) <= tolerance) continue;
+        if (x == wanted || std::fabs(x - wanted) <= tolerance || (std::isnan(x) && std::isnan(wanted))) continue;
         failures.push_back(std::string(w.name) + " at element " + std::to_string(i) + " of " +
                            std::to_string(got.data.size()) + " is " + std::to_string(x) + ", not " +
                            std::to_string(wanted) + " within " + std::to_string(tolerance));

@@ -1,6 +1,7 @@
 // What the tiled kernels of the forward share.
 #pragma once
 #include "score_bias.h"
+#include "spoilt_rows.h"
 
 namespace localattn::cuda {
 
@@ -16,7 +17,8 @@ struct ForwardArguments {
     int32_t stage_columns;  // that fit a stage in shared memory
     float scale, sign;      // what scores are multiplied by is scale * sign: maxima want a positive factor
     int32_t part = 0;       // of the output's channels, where a tile computes parts
-    Bias bias;              // NoBias, or ScoreBias<T>
+    int32_t *spoilt;
+    Bias bias;  // NoBias, or ScoreBias<T>
 };
 
 }  // namespace localattn::cuda

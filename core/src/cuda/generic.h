@@ -4,14 +4,23 @@
 #pragma once
 #include "chunk.h"
 #include "pair.h"
+#include "spoilt_rows.h"
 
 namespace localattn::cuda {
 
+struct GenericForwardArguments {
+    Problem problem;
+    ChosenRows rows;
+};
+
 template <class T>
-GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_forward(GPU_ARGUMENT Problem p) {
+GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_forward(GPU_ARGUMENT GenericForwardArguments arguments) {
     using Real = Accumulator<T>;
+    if (arguments.rows.none()) return;
+    const Problem &p = arguments.problem;
     for (int64_t index = first_warp(); index < query_count(p); index += warp_step()) {
         const Query query = query_at(p, index);
+        if (!arguments.rows.has(row_of<T>(p.output, query.place), p.output.channel, p.value_channels)) continue;
         for (int64_t first = 0; first < p.value_channels; first += Chunk<Real>::width) {
             Chunk<Real> sum(first);
             Real top = -Real(INFINITY), total = 0;
@@ -42,7 +51,8 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_forward(GPU_ARGUMENT Prob
 template <class T>
 struct BackwardArguments {
     Problem problem;
-    Accumulator<T> *delta;  // one per query, see pair_gradient
+    Deltas<Accumulator<T>> delta;
+    ChosenRows rows;  // of the gradients of query, key and value
 };
 
 template <class T>
@@ -60,9 +70,11 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_delta(GPU_ARGUMENT Backwa
 template <class T>
 GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_query(GPU_ARGUMENT BackwardArguments<T> arguments) {
     using Real = Accumulator<T>;
+    if (arguments.rows.none()) return;
     const Problem &p = arguments.problem;
     for (int64_t index = first_warp(); index < query_count(p); index += warp_step()) {
         const Query query = query_at(p, index);
+        if (!arguments.rows.has(row_of<T>(p.grad_query, query.place), p.grad_query.channel, p.channels)) continue;
         for (int64_t first = 0; first < p.channels; first += Chunk<Real>::width) {
             Chunk<Real> sum(first);
             for_each_entry(p, query, [&](const Entry &entry) {
@@ -81,10 +93,16 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_query(GPU_ARGUMENT B
 template <class T>
 GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUMENT BackwardArguments<T> arguments) {
     using Real = Accumulator<T>;
+    if (arguments.rows.none()) return;
     const Problem &p = arguments.problem;
     const int64_t widest = p.channels > p.value_channels ? p.channels : p.value_channels, group = p.heads / p.kv_heads;
     for (int64_t index = first_warp(); index < key_count(p); index += warp_step()) {
         const Place key = key_at(p, index);
+        const bool computes_key =
+            p.grad_key.data && arguments.rows.has(row_of<T>(p.grad_key, key), p.grad_key.channel, p.channels);
+        const bool computes_value = p.grad_value.data && arguments.rows.has(row_of<T>(p.grad_value, key),
+                                                                            p.grad_value.channel, p.value_channels);
+        if (!computes_key && !computes_value) continue;
         for (int64_t first = 0; first < widest; first += Chunk<Real>::width) {
             Chunk<Real> key_sum(first), value_sum(first);
             for_each_query(p, key, [&](Query &query, const Entry &entry) {
@@ -98,9 +116,8 @@ GPU_KERNEL void GPU_BOUNDS(generic_threads, 1) generic_grad_key_value(GPU_ARGUME
                 }
             });
             key_sum.scale(Real(p.scale));
-            if (p.grad_key.data) key_sum.write(row_of<T>(p.grad_key, key), p.grad_key.channel, p.channels);
-            if (p.grad_value.data)
-                value_sum.write(row_of<T>(p.grad_value, key), p.grad_value.channel, p.value_channels);
+            if (computes_key) key_sum.write(row_of<T>(p.grad_key, key), p.grad_key.channel, p.channels);
+            if (computes_value) value_sum.write(row_of<T>(p.grad_value, key), p.grad_value.channel, p.value_channels);
         }
     }
 }

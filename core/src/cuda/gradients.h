@@ -8,6 +8,7 @@
 #pragma once
 #include "pair.h"
 #include "score_bias.h"
+#include "spoilt_rows.h"
 
 namespace localattn::cuda {
 
@@ -65,6 +66,7 @@ struct GradientArguments {
     float scale;
     int32_t first_image;  // of the launch, an image being one head of one batch
     int32_t part;         // of the channels, where a tile computes parts of a gradient
+    int32_t *spoilt;
     Bias bias;  // NoBias, or ScoreBias<T>
 };
 

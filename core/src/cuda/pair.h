@@ -192,10 +192,19 @@ struct PairGradient {
     Real weight, by_score;
 };
 
-// `delta` holds, per query, dot(grad_output, output) - grad_lse. False if the key mask leaves the entry out.
+// dot(grad_output, output) - grad_lse of every query, so many numbers apart.
+template <class Real>
+struct Deltas {
+    Real *first;
+    int step;
+
+    GPU_METHOD Real &operator[](int64_t query) const { return first[query * step]; }
+};
+
+// False if the key mask leaves the entry out.
 template <class T>
-GPU_FUNCTION bool pair_gradient(const Problem &p, const Query &query, const Entry &entry, const Accumulator<T> *delta,
-                                PairGradient<Accumulator<T>> &gradient) {
+GPU_FUNCTION bool pair_gradient(const Problem &p, const Query &query, const Entry &entry,
+                                const Deltas<Accumulator<T>> &delta, PairGradient<Accumulator<T>> &gradient) {
     using Real = Accumulator<T>;
     Real score;
     if (!score_of<T>(p, query, entry, score)) return false;

@@ -28,9 +28,11 @@ struct RangeArguments {
     Axis axis[2];
     Range *range[2];
     Anchor *anchor[2];  // or NULL
+    int32_t *spoilt;    // cleared
 };
 
 GPU_KERNEL void GPU_BOUNDS(range_threads, 1) fill_ranges(GPU_ARGUMENT RangeArguments arguments) {
+    if (block_index().x == 0 && thread_index() == 0) *arguments.spoilt = 0;
     GPU_UNROLL_FOR (int a = 0; a < 2; ++a) {
         const int64_t step = int64_t(grid_extent().x) * range_threads;
         for (int64_t query = int64_t(block_index().x) * range_threads + thread_index();

@@ -60,7 +60,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
                         const PairShare pair(seen, score, strip_sum<C>(slice_dot(grad_output[q], value)),
                                              statistics[q]);
                         if constexpr (Bias::present)
-                            if (seen && a.bias.score_gradient) bias.store_gradient(pair.by_score, q, row, column + j);
+                            if (seen && a.bias.score_gradient)
+                                bias.store_gradient(pair.weight, pair.by_score, q, row, column + j);
                         add_scaled(sum[q], pair.by_score, key);
                     }
                 }
@@ -69,6 +70,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_query(GPU_ARGUMENT G
     }
 
     if (!a.grad_query) return;
+    tell_spoilt(a.spoilt, sum);
     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q)
         if (strip.exists(q))
             strip.store(a.grad_query + (block.batch * a.grad_query_view.batch + block.head * a.grad_query_view.head),
@@ -121,6 +123,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_grad_key(GPU_ARGUMENT Gra
         synchronize();
     }
 
+    tell_spoilt(a.spoilt, key_sum);
+    tell_spoilt(a.spoilt, value_sum);
     GPU_UNROLL_FOR (int k = 0; k < C::places; ++k) {
         if (!strip.exists(k)) continue;
         if (a.grad_key)

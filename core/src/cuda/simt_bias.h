@@ -24,10 +24,11 @@ struct StripBias {
             GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) query.apply(score[q][j], row, column + j);
         }
     }
-    // Of query q and a key that it sees. The strip's lanes, which all have it, take turns.
-    GPU_METHOD void store_gradient(float by_score, int q, int row, int column) const {
+    // Of query q and a key that it sees. The strip's lanes, which all have it, take turns. A masked key's weight is 0,
+    // but its value may be a NaN.
+    GPU_METHOD void store_gradient(float weight, float by_score, int q, int row, int column) const {
         if (strip.exists(q) && lane_index() % C::slices == q % C::slices)
-            of(q).store_gradient(by_score, block.image, row, column);
+            of(q).store_gradient(weight == 0 ? 0 : by_score, block.image, row, column);
     }
 };
 

@@ -94,6 +94,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_forward(GPU_ARGUMENT Forw
         synchronize();
     }
 
+    tell_spoilt(a.spoilt, state.output);
     GPU_UNROLL_FOR (int q = 0; q < C::places; ++q) {
         if (!strip.exists(q)) continue;
         const float sum = state.sum[q];

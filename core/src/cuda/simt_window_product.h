@@ -131,10 +131,11 @@ struct WarpEntries {
     SharedAddress memory;
     int first_column, streamed_columns;
 
-    GPU_METHOD SharedAddress at(int window, int u) const {
-        return memory + SharedAddress(4 * (window * a.kernel_columns + u));
+    // Key i of a window, counted from the first that it sees; where keys are gathered, from its entry 0.
+    GPU_METHOD SharedAddress at(int window, int i) const {
+        return memory + SharedAddress(4 * (window * a.kernel_columns + i));
     }
-    // Calls visit(shared address, entry in memory, is it a key) for the entries of place row `row` and a streamed row.
+    // Calls visit(shared address, entry in memory) for the entries of place row `row` and a streamed row that are keys.
     template <class Visit>
     GPU_METHOD void for_each(const BlockPlace &block, int row, int streamed_row, Visit visit) const {
         const int query_row = rows.position(a.rows, transposes ? streamed_row : row);
@@ -149,8 +150,9 @@ struct WarpEntries {
             const int position = columns.position(a.columns, first_query + window);
             const int key = a.column_start[position] + u;
             const Range keys = transposes ? Range{0, columns.queries} : a.columns.range[position];
-            visit(at(window, u), from + (position * a.entry_view.column + (first_entry + u) * a.entry_stride),
-                  key >= keys.begin && key < keys.end);
+            if (key >= keys.begin && key < keys.end)
+                visit(at(window, transposes ? u : key - keys.begin),
+                      from + (position * a.entry_view.column + (first_entry + u) * a.entry_stride));
             window += warp_size / a.kernel_columns;
             u += warp_size % a.kernel_columns;
             if (u >= a.kernel_columns) u -= a.kernel_columns, ++window;
@@ -191,10 +193,11 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUME
                    a.channels);
     else
         clear_slices(place);
-    // Where the windows of queries start; beyond every key if there is no such query.
-    int start[C::places];
-    GPU_UNROLL_FOR (int i = 0; i < C::places; ++i)
-        start[i] = !transposes && strip.exists(i) ? a.column_start[strip.position(i, 0, 1)] : INT32_MAX;
+    int seen_first[C::places], seen[C::places];  // columns: the first, and how many
+    GPU_UNROLL_FOR (int i = 0; i < C::places; ++i) {
+        seen_first[i] = strip.columns[i].begin;
+        seen[i] = strip.exists(i) ? strip.columns[i].end - seen_first[i] : 0;
+    }
     const int first_window = strip.first - columns.first_query;
 
     const auto step = [&](SharedAddress stage, int at, int column) {
@@ -208,9 +211,9 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUME
             reduce_slices<C>(total, part);
             GPU_UNROLL_FOR (int i = 0; i < C::places; ++i)
                 GPU_UNROLL_FOR (int j = 0; j < C::step; ++j) {
-                    const unsigned u = unsigned(column + j) - unsigned(start[i]);
-                    if (lane_index() % C::slices == i && u < unsigned(a.kernel_columns))
-                        store_shared_number(entries.at(first_window + i, int(u)), total[j]);
+                    const unsigned key = unsigned(column + j) - unsigned(seen_first[i]);
+                    if (lane_index() % C::slices == i && key < unsigned(a.kernel_columns))
+                        store_shared_number(entries.at(first_window + i, int(key)), total[j]);
                 }
         } else {
             float slice[C::channels];
@@ -220,16 +223,12 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUME
             if (transposes && column < columns.keys)
                 first_entry = strip.first - a.column_start[columns.position(a.columns, column)];
             GPU_UNROLL_FOR (int i = 0; i < C::places; ++i) {
-                float weight = 0;
-                if constexpr (transposes) {
-                    if (strip.exists(i) && strip.sees_column(i, column))
-                        weight = load_shared_number<float>(entries.at(column - first_column, first_entry + i));
-                } else {
-                    const unsigned u = unsigned(column) - unsigned(start[i]);
-                    if (u < unsigned(a.kernel_columns))
-                        weight = load_shared_number<float>(entries.at(first_window + i, int(u)));
-                }
-                add_scaled(place[i], weight, slice);
+                // Nothing is multiplied by 0 instead: it may be a NaN.
+                const unsigned key = unsigned(column) - unsigned(seen_first[i]);
+                if (key >= unsigned(seen[i])) continue;
+                const SharedAddress weight = transposes ? entries.at(column - first_column, first_entry + i)
+                                                        : entries.at(first_window + i, int(key));
+                add_scaled(place[i], load_shared_number<float>(weight), slice);
             }
         }
     };
@@ -243,9 +242,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUME
             copy_wait<0>();
         }
         if (!scores && strip.sees_row(row))
-            entries.for_each(block, strip.row, row, [](SharedAddress to, const T *from, bool is_key) {
-                store_shared_number(to, is_key ? widen(*from) : 0);
-            });
+            entries.for_each(block, strip.row, row,
+                             [](SharedAddress to, const T *from) { store_shared_number(to, widen(*from)); });
         synchronize();
         if (strip.sees_row(row))
             strip.for_each_step([&](int at, int column) {
@@ -253,9 +251,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) simt_window_product(GPU_ARGUME
             });
         synchronize();
         if (scores && strip.sees_row(row))
-            entries.for_each(block, strip.row, row, [](SharedAddress from, T *to, bool is_key) {
-                if (is_key) narrow(load_shared_number<float>(from), *to);
-            });
+            entries.for_each(block, strip.row, row,
+                             [](SharedAddress from, T *to) { narrow(load_shared_number<float>(from), *to); });
     }
 
     if constexpr (!scores)

@@ -100,8 +100,11 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
                     float (&score)[2][4] = scores[p][0];
                     if (!window.rows_common || !all_see(column_box[p], column)) window.mask(score, p, column);
                     GPU_UNROLL_FOR (int n = 0; n < 2; ++n)
-                        GPU_UNROLL_FOR (int i = 0; i < 4; ++i)
+                        GPU_UNROLL_FOR (int i = 0; i < 4; ++i) {
                             to_gradients(score, by_weight[p], n, i, fabsf(a.scale) * log2_of_e, statistics[p][i / 2]);
+                            // A masked key's value may be a NaN.
+                            if (Bias::present && score[n][i] == 0) by_weight[p][n][i] = 0;
+                        }
                     if constexpr (Bias::present)
                         if (a.bias.score_gradient && first_channel == 0)
                             bias.store_gradients(by_weight[p], window, p, stage_row, column);
@@ -122,6 +125,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_query(GPU_ARG
     }
 
     if (!a.grad_query) return;
+    GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) tell_spoilt(a.spoilt, sum[p]);
     T *to = a.grad_query + (block.batch * a.grad_query_view.batch + block.head * a.grad_query_view.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
@@ -217,6 +221,8 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_grad_key(GPU_ARGUM
         synchronize();
     }
 
+    if constexpr (with_key) tell_spoilt(a.spoilt, key_sum);
+    if constexpr (with_value) tell_spoilt(a.spoilt, value_sum);
     GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
         const LanePlace place(rows, columns, warp.row, warp.column, 0, r);
         if (!place.exists) continue;

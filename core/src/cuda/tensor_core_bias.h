@@ -23,12 +23,14 @@ struct WarpBias {
     template <class Visit>
     GPU_METHOD void for_each_query(int patch, Visit visit) const {
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
-            const LanePlace place(rows, columns, warp.row, warp.column, patch, r);
             // Most tiles have no registers to keep addresses from chunk to chunk.
             const bool keeps = C::width < 64;
-            const int row = keeps ? place.row : opaque(place.row), column = keeps ? place.column : opaque(place.column);
+            const LanePlace place(rows, columns, keeps ? warp.row : opaque(warp.row),
+                                  keeps ? warp.column : opaque(warp.column), patch, r);
             if (place.exists)
-                visit(QueryBias(bias, row_axis, column_axis, rows, columns, block.batch, block.head, row, column), r);
+                visit(QueryBias(bias, row_axis, column_axis, rows, columns, opaque(block.batch), opaque(block.head),
+                                place.row, place.column),
+                      r);
         }
     }
     template <int chunks>

@@ -142,6 +142,7 @@ GPU_KERNEL void GPU_BOUNDS(C::threads, C::blocks) tensor_core_forward(GPU_ARGUME
         synchronize();
     }
 
+    GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p) tell_spoilt(a.spoilt, state.output[p]);
     T *output = a.output + (block.batch * a.output_view.batch + block.head * a.output_view.head);
     GPU_UNROLL_FOR (int p = 0; p < C::patches; ++p)
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {

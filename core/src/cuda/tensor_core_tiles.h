@@ -14,8 +14,7 @@
 // two rows, so its mask is two column tests and four row bits. Chunks that no query of a patch sees are skipped, chunks
 // that all see are not masked.
 //
-// A NaN or infinity may reach every query whose patch visits its key: the products of masked keys are 0 times that
-// value.
+// The products of what a place does not see are 0 times that, NaN or infinity or not: spoilt_rows.h.
 #pragma once
 #include "stages.h"
 

@@ -68,17 +68,34 @@ const char *run_bias_gradients(const BackwardArguments<T> &backward, void *strea
 }
 
 template <class T>
+const char *run_forward(const Problem &p, const ChosenRows &rows, void *stream) {
+    const int64_t queries = count_of_queries(p);
+    if (queries == 0) return nullptr;
+    const GenericForwardArguments arguments{p, rows};
+    return launch<generic_forward<T>>(rows.grid(queries), generic_threads, 0, stream, arguments);
+}
+
+template <class T>
+const char *run_gradients(const BackwardArguments<T> &a, void *stream) {
+    const Problem &p = a.problem;
+    const int64_t queries = count_of_queries(p);
+    const int64_t keys = p.batch * p.axis[0].keys * p.axis[1].keys * p.axis[2].keys * p.kv_heads;
+    const char *error = nullptr;
+    if (queries > 0 && p.grad_query.data)
+        error = launch<generic_grad_query<T>>(a.rows.grid(queries), generic_threads, 0, stream, a);
+    if (!error && keys > 0 && (p.grad_key.data || p.grad_value.data))
+        error = launch<generic_grad_key_value<T>>(a.rows.grid(keys), generic_threads, 0, stream, a);
+    return error;
+}
+
+template <class T>
 const char *run_typed(const Problem &p, Pass pass, void *stream, void *workspace) {
     const int64_t queries = count_of_queries(p);
-    if (pass == Pass::forward) return launch_warps<generic_forward<T>>(queries, stream, p);
+    if (pass == Pass::forward) return run_forward<T>(p, {nullptr}, stream);
 
-    const BackwardArguments<T> arguments{p, static_cast<Accumulator<T> *>(workspace)};
+    const BackwardArguments<T> arguments{p, {static_cast<Accumulator<T> *>(workspace), 1}, {nullptr}};
     const char *error = launch_warps<generic_delta<T>>(queries, stream, arguments);
-    if (!error && p.grad_query.data) error = launch_warps<generic_grad_query<T>>(queries, stream, arguments);
-    if (!error && (p.grad_key.data || p.grad_value.data)) {
-        const int64_t keys = p.batch * p.axis[0].keys * p.axis[1].keys * p.axis[2].keys * p.kv_heads;
-        error = launch_warps<generic_grad_key_value<T>>(keys, stream, arguments);
-    }
+    if (!error) error = run_gradients(arguments, stream);
     return error ? error : run_bias_gradients(arguments, stream);
 }
 
@@ -94,6 +111,16 @@ const char *run(const Problem &p, Pass pass, void *stream, void *workspace) {
 }
 
 }  // namespace
+
+const char *generic_spoilt_rows(const Problem &p, Pass pass, const ChosenRows &rows, const Deltas<float> &deltas,
+                                void *stream) {
+    const auto compute = [&](auto element) {
+        using T = decltype(element);
+        if (pass == Pass::forward) return run_forward<T>(p, rows, stream);
+        return run_gradients(BackwardArguments<T>{p, deltas, rows}, stream);
+    };
+    return p.dtype == Dtype::float32 ? compute(float()) : with_16_bits(p.dtype, compute);
+}
 
 extern const Variant generic_variant;
 const Variant generic_variant = {"cuda_generic",

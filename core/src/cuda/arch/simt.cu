@@ -26,8 +26,10 @@ const char *declines(const Problem &p, Pass pass, const Device &device) {
 
 const char *run(const Problem &p, Pass pass, void *stream, void *memory) {
     const Workspace w(p, pass, memory);
-    if (const char *error = prepare<float>(p, pass, w, stream)) return error;
-    return pass == Pass::forward ? simt::forward(p, w, stream) : simt::backward(p, w, stream);
+    const char *error = prepare<float>(p, pass, w, stream);
+    if (error) return error;
+    error = pass == Pass::forward ? simt::forward(p, w, stream) : simt::backward(p, w, stream);
+    return error ? error : compute_spoilt_rows(p, pass, w, stream);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ const char *forward(const Problem &p, const Workspace &w, void *stream) {
         using C = typename decltype(tiles)::Forward;
         return with_bias<float>(p, w, over_scale(p), [&](const auto &bias) {
             using Bias = std::decay_t<decltype(bias)>;
-            return launch_forward<C, float, simt_forward<C, Bias>>(p, w.query, bias, 0, stream);
+            return launch_forward<C, float, simt_forward<C, Bias>>(p, w.query, bias, 0, w.spoilt, stream);
         });
     });
 }

@@ -13,24 +13,24 @@ namespace localattn::cuda {
 namespace {
 
 // By width of the channels: lanes that share a strip. A lane's slices of its places stay in registers. Steps of the
-// sums are of one column, which leaves them registers; widening 16-bit floats takes more than two blocks have.
-template <int width, Product product, class T>
+// sums are of one column, and one block takes all registers: terms that are left out are branches, which want some.
+template <int width, Product product>
 struct Tile : SimtTile<width, width <= 64 ? 4 : 16, 4, product == Product::score ? 2 : 1, 8,
-                       product == Product::transposed && sizeof(T) == 2 ? 1 : 2> {};
+                       product == Product::score ? 2 : 1> {};
 
-template <Product product, class T, class Visit>
+template <Product product, class Visit>
 auto with_width(const WindowProduct &p, Visit visit) {
-    if (p.channels <= 32) return visit(Tile<32, product, T>());
-    if (p.channels <= 64) return visit(Tile<64, product, T>());
-    if (p.channels <= 128) return visit(Tile<128, product, T>());
-    return visit(Tile<256, product, T>());
+    if (p.channels <= 32) return visit(Tile<32, product>());
+    if (p.channels <= 64) return visit(Tile<64, product>());
+    if (p.channels <= 128) return visit(Tile<128, product>());
+    return visit(Tile<256, product>());
 }
 
 // Calls visit(tile, integral constant) with those of the problem.
-template <class T, class Visit>
+template <class Visit>
 auto with_tile(const WindowProduct &p, Visit visit) {
     const auto with = [&](auto product) {
-        return with_width<decltype(product)::value, T>(p, [&](auto tile) { return visit(tile, product); });
+        return with_width<decltype(product)::value>(p, [&](auto tile) { return visit(tile, product); });
     };
     switch (p.product) {
         case Product::score:
@@ -71,7 +71,7 @@ const char *declines(const WindowProduct &p, const Device &device) {
     double reach = 0;
     for (int x = 0; x < 3; ++x) reach += double(longest[x]) * std::fabs(double(strides[x]));
     if (reach >= 2147483648.0) return "an image's entries span 2^31 elements or more";
-    const int64_t bytes = with_tile<float>(p, [&](auto tile, auto) { return shared_bytes<decltype(tile)>(p); });
+    const int64_t bytes = with_tile(p, [&](auto tile, auto) { return shared_bytes<decltype(tile)>(p); });
     return bytes > device.shared_bytes ? "the window is too wide for shared memory" : nullptr;
 }
 
@@ -139,7 +139,7 @@ const char *run_typed(const WindowProduct &p, void *stream, void *memory) {
         error = launch_warps<fill_outside<T>>((queries + warp_size - 1) / warp_size, stream, p);
     }
     if (error) return error;
-    return with_tile<T>(p, [&](auto tile, auto product) {
+    return with_tile(p, [&](auto tile, auto product) {
         return launch_tiles<decltype(tile), decltype(product)::value, T>(p, w, stream);
     });
 }

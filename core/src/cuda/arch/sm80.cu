@@ -38,7 +38,8 @@ const char *run(const Problem &p, Pass pass, void *stream, void *memory) {
     const char *error =
         with_16_bits(p.dtype, [&](auto element) { return prepare<decltype(element)>(p, pass, w, stream); });
     if (error) return error;
-    return pass == Pass::forward ? sm80::forward(p, w, stream) : sm80::backward(p, w, stream);
+    error = pass == Pass::forward ? sm80::forward(p, w, stream) : sm80::backward(p, w, stream);
+    return error ? error : compute_spoilt_rows(p, pass, w, stream);
 }
 
 }  // namespace

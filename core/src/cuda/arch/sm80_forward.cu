@@ -15,7 +15,7 @@ const char *run_forward(const Problem &p, const Workspace &w, void *stream) {
         using C = typename Of::template Forward<Bias>;
         const char *error = nullptr;
         for (int32_t part = 0; part < C::parts && !error; ++part)
-            error = launch_forward<C, T, tensor_core_forward<C, T, Bias>>(p, w.query, bias, part, stream);
+            error = launch_forward<C, T, tensor_core_forward<C, T, Bias>>(p, w.query, bias, part, w.spoilt, stream);
         return error;
     });
 }

@@ -166,7 +166,8 @@ ScoreBias<T> bias_of(const Problem &p, const Anchor *rows, const Anchor *columns
 
 // Over tiles of queries; part of the output's channels, where a tile computes parts.
 template <class C, class T, auto kernel, class Bias>
-const char *launch_forward(const Problem &p, Range *const (&queries)[2], const Bias &bias, int32_t part, void *stream) {
+const char *launch_forward(const Problem &p, Range *const (&queries)[2], const Bias &bias, int32_t part,
+                           int32_t *spoilt, void *stream) {
     const Axis &rows = p.axis[1], &columns = p.axis[2];
     ForwardArguments<T, Bias> a{};
     a.query = pointer<const T>(p.query), a.key = pointer<const T>(p.key), a.value = pointer<const T>(p.value);
@@ -181,14 +182,15 @@ const char *launch_forward(const Problem &p, Range *const (&queries)[2], const B
     a.scale = p.scale == 0 ? 1 : float(std::fabs(p.scale));
     a.sign = p.scale == 0 ? 0.0f : p.scale < 0 ? -1.0f : 1.0f;
     a.part = part;
+    a.spoilt = spoilt;
     a.bias = bias;
     return launch<kernel>(grid_of(a.rows, a.columns, p.batch * p.heads), C::threads,
                           size_t(C::shared_bytes(a.stage_columns)), stream, a);
 }
 
 inline const char *launch_ranges(const Problem &p, Range *const (&ranges)[2], Anchor *const (&anchors)[2],
-                                 void *stream) {
-    const RangeArguments arguments = {{p.axis[1], p.axis[2]}, {ranges[0], ranges[1]}, {anchors[0], anchors[1]}};
+                                 int32_t *spoilt, void *stream) {
+    const RangeArguments arguments = {{p.axis[1], p.axis[2]}, {ranges[0], ranges[1]}, {anchors[0], anchors[1]}, spoilt};
     const int64_t longest = p.axis[1].queries > p.axis[2].queries ? p.axis[1].queries : p.axis[2].queries;
     return launch<fill_ranges>(blocks_for(longest, range_threads), range_threads, 0, stream, arguments);
 }

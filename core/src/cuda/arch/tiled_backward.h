@@ -5,6 +5,7 @@
 
 #include "../bias_gradient.h"
 #include "../gradients.h"
+#include "generic_operators.h"
 #include "tiled.h"
 
 namespace localattn::cuda {
@@ -25,8 +26,10 @@ int64_t shared_bytes(const Problem &p, Pass pass) {
 }
 
 // Device memory: ranges of the queries; with biases their windows' anchors; for the backward ranges of the keys, and
-// the queries' statistics; for the gradients of biases those of the scores of some images.
+// the queries' statistics; for the gradients of biases those of the scores of some images. And whether there are spoilt
+// rows.
 struct Workspace {
+    int32_t *spoilt;
     Range *query[2], *key[2];
     Anchor *anchor[2];
     Statistics *statistics;
@@ -44,6 +47,7 @@ struct Workspace {
             count += items;
             return at;
         };
+        spoilt = static_cast<int32_t *>(take(1));
         query[0] = static_cast<Range *>(take(rows.queries));
         query[1] = static_cast<Range *>(take(columns.queries));
         const bool backward = pass == Pass::backward, biased = has_score_bias(p);
@@ -66,6 +70,13 @@ inline size_t workspace_bytes(const Problem &p, Pass pass) {
     return Workspace(p, pass, nowhere).bytes;
 }
 
+// What a pass ends with.
+inline const char *compute_spoilt_rows(const Problem &p, Pass pass, const Workspace &w, void *stream) {
+    const bool forward = pass == Pass::forward;
+    const Deltas<float> deltas = {forward ? nullptr : &w.statistics->delta, sizeof(Statistics) / sizeof(float)};
+    return generic_spoilt_rows(p, pass, {w.spoilt}, deltas, stream);
+}
+
 // Calls visit(NoBias or ScoreBias<T>), whatever the problem has. Biases are multiplied by `factor`.
 template <class T, class Visit>
 auto with_bias(const Problem &p, const Workspace &w, double factor, Visit visit) {
@@ -78,7 +89,7 @@ inline double over_scale(const Problem &p) { return p.scale == 0 ? 1 : 1 / std::
 template <class T>
 const char *prepare(const Problem &p, Pass pass, const Workspace &w, void *stream) {
     const Axis &rows = p.axis[1], &columns = p.axis[2];
-    const char *error = launch_ranges(p, w.query, w.anchor, stream);
+    const char *error = launch_ranges(p, w.query, w.anchor, w.spoilt, stream);
     if (error || pass == Pass::forward) return error;
     error = launch_key_ranges(p, w.query, w.key, stream);
     if (error) return error;
@@ -103,6 +114,7 @@ GradientArguments<T, Bias> gradient_arguments(const Problem &p, const Workspace 
     a.heads = int32_t(p.heads), a.heads_a_key = int32_t(p.heads / p.kv_heads);
     a.channels = int32_t(p.channels), a.value_channels = int32_t(p.value_channels);
     a.scale = float(p.scale);
+    a.spoilt = w.spoilt;
     a.bias = bias;
     return a;
 }
