@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import reference
 from ._arguments import Causal
+from ._differentiable import differentiable
+from ._vmap import mapped_into_batch, slice_by_slice
 
 # Positions in the schemas.
 FORWARD_DIFFERENTIABLE = (0, 1, 2, 10, 11, 12, 13, 14)  # query, key, value and the five biases
@@ -28,7 +30,7 @@ def _backward(ctx, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple
     if grad_output is None:
         grad_output = torch.zeros_like(output)
     needs_gradient = [ctx.needs_input_grad[i] for i in FORWARD_DIFFERENTIABLE]
-    gradients = torch.ops.localattn.attention_backward(
+    gradients = attention_backward(
         grad_output, grad_lse, query, key, value, output, lse, *ctx.options, *biases, key_mask, needs_gradient
     )
     results: list[Tensor | None] = [None] * (FORWARD_KEY_MASK + 1)
@@ -89,5 +91,34 @@ def _forward(options, key_mask, query, key, value, bias, rel_pos_bias, *axis_bia
     )  # fmt: skip
 
 
-torch.library.register_autograd("localattn::attention", _backward, setup_context=_save_forward)
-torch.library.register_autograd("localattn::attention_backward", _second_backward, setup_context=_save_backward)
+def _definition(query, key, value, *more) -> tuple[Tensor, Tensor]:
+    *biases, key_mask = more[7:]
+    return _forward(more[:7], key_mask, query, key, value, *biases)
+
+
+def _backward_definition(*inputs) -> tuple[Tensor, ...]:
+    tensors = [inputs[i] for i in BACKWARD_DIFFERENTIABLE]
+    present = [i for i, tensor in enumerate(tensors) if tensor is not None]
+    needs_gradient = inputs[20]
+    gradients = iter(
+        _first_backward(
+            inputs[7:14], inputs[BACKWARD_KEY_MASK], needs_gradient, present, *(tensors[i] for i in present)
+        )
+    )
+    return tuple(next(gradients) if needed else tensors[0].new_zeros(0) for needed in needs_gradient)
+
+
+def _mapped(bias_positions, operator, info, in_dims, *inputs):
+    # A bias may lack the batch dimension that would take the mapped one, so each slice is a call of its own.
+    join = mapped_into_batch if all(inputs[i] is None for i in bias_positions) else slice_by_slice
+    return join(operator, info, in_dims, *inputs)
+
+
+attention = differentiable(
+    torch.ops.localattn.attention, _save_forward, _backward, _definition,
+    functools.partial(_mapped, FORWARD_DIFFERENTIABLE[3:]),
+)  # fmt: skip
+attention_backward = differentiable(
+    torch.ops.localattn.attention_backward, _save_backward, _second_backward, _backward_definition,
+    functools.partial(_mapped, BACKWARD_DIFFERENTIABLE[5:]),
+)  # fmt: skip

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._differentiable import differentiable
 from ._flops import register_flop_formula
 from ._memory_order import empty_ordered_as
 from ._vmap import mapped_into_batch, slice_by_slice
-
-_forward = torch.ops.localattn.linear_attention
-_backward = torch.ops.localattn.linear_attention_backward
 
 
 def _save(ctx, inputs, output) -> None:
@@ -29,7 +27,7 @@ def _gradients(ctx, grad_output: Tensor | None, *_):
     if grad_output is None:
         return None, None, None, None
     needed = list(ctx.needs_input_grad[:3])
-    gradients = _backward(grad_output, *ctx.saved_tensors, needed)
+    gradients = linear_attention_backward(grad_output, *ctx.saved_tensors, needed)
     return (*(g if need else None for g, need in zip(gradients, needed)), None)
 
 
@@ -40,23 +38,43 @@ def _save_backward(ctx, inputs, output) -> None:
 
 def _second_gradients(ctx, *grad_gradients: Tensor):
     """context and key_lse are functions of the other arguments, so what they contribute is in the others' gradients."""
-    *differentiable, key_mask = ctx.saved_tensors
-    if key_mask is not None:
-        key_mask = key_mask.expand(differentiable[2].shape[:-2])
-
-    def first_gradients(grad_output, *inputs):
-        _, pullback = torch.func.vjp(functools.partial(reference.linear_attention, key_mask=key_mask), *inputs)
-        return pullback(grad_output)
-
-    with torch.autocast(differentiable[0].device.type, enabled=False):
-        gradients, pullback = torch.func.vjp(first_gradients, *differentiable)
+    *tensors, key_mask = ctx.saved_tensors
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        gradients, pullback = torch.func.vjp(functools.partial(_first_gradients, key_mask), *tensors)
         wanted = (g if need else torch.zeros_like(x) for g, need, x in zip(grad_gradients, ctx.needed, gradients))
         second = pullback(tuple(wanted))
     return (*(g if need else None for g, need in zip(second, ctx.needs_input_grad)), None, None, None, None)
 
 
-torch.library.register_autograd("localattn::linear_attention", _gradients, setup_context=_save)
-torch.library.register_autograd("localattn::linear_attention_backward", _second_gradients, setup_context=_save_backward)
+def _definition(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    key_mask = None if key_mask is None else key_mask.expand(value.shape[:-2])
+    return reference.linear_attention(query, key, value, key_mask=key_mask)
+
+
+def _first_gradients(key_mask: Tensor | None, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    _, pullback = torch.func.vjp(functools.partial(_definition, key_mask=key_mask), *inputs)
+    return pullback(grad_output)
+
+
+def _backward_definition(grad_output, query, key, value, context, key_lse, key_mask, needed) -> tuple[Tensor, ...]:
+    return _first_gradients(key_mask, grad_output, query, key, value)
+
+
+def _mapped(mask_position, operator, info, in_dims, *inputs):
+    # A mask may lack the batch dimension that would take the mapped one.
+    join = mapped_into_batch if inputs[mask_position] is None else slice_by_slice
+    return join(operator, info, in_dims, *inputs)
+
+
+linear_attention = differentiable(
+    torch.ops.localattn.linear_attention, _save, _gradients,
+    lambda *inputs: (_definition(*inputs), None, None),  # the others are for the backward
+    functools.partial(_mapped, 3),
+)  # fmt: skip
+linear_attention_backward = differentiable(
+    torch.ops.localattn.linear_attention_backward, _save_backward, _second_gradients, _backward_definition,
+    functools.partial(_mapped, 6),
+)  # fmt: skip
 
 
 @torch.library.register_fake("localattn::linear_attention")
@@ -85,22 +103,11 @@ def _products(query, key, value) -> int:
     return per_position * sum(pixels)
 
 
-@register_flop_formula(_forward)
+@register_flop_formula(torch.ops.localattn.linear_attention)
 def _flops(query, key, value, *_, out_shape=None, **__) -> int:
     return _products(query, key, value)
 
 
-@register_flop_formula(_backward)
+@register_flop_formula(torch.ops.localattn.linear_attention_backward)
 def _backward_flops(grad_output, query, key, value, *_, out_shape=None, **__) -> int:
     return 2 * _products(query, key, value)
-
-
-if hasattr(torch.library, "register_vmap"):  # from torch 2.5 on
-
-    def _mapped(operator, mask_position, info, in_dims, *arguments):
-        # A mask may lack the batch dimension that would take the mapped one.
-        join = mapped_into_batch if arguments[mask_position] is None else slice_by_slice
-        return join(operator, info, in_dims, *arguments)
-
-    torch.library.register_vmap("localattn::linear_attention", functools.partial(_mapped, _forward, 3))
-    torch.library.register_vmap("localattn::linear_attention_backward", functools.partial(_mapped, _backward, 6))

@@ -3,18 +3,18 @@ definition, which gathers keys and values), shapes for tracing, FLOPs, vmap."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from . import reference
+from ._differentiable import differentiable
 from ._flops import register_flop_formula
 from ._memory_order import empty_ordered_as
 from ._vmap import mapped_into_batch
 
-_forward = torch.ops.localattn.routed_attention
-_backward = torch.ops.localattn.routed_attention_backward
+# Positions in the schemas.
+FORWARD_DIFFERENTIABLE = (0, 1, 2, 6)  # query, key, value, region_weight
+BACKWARD_DIFFERENTIABLE = (0, 1, 2, 3, 4, 10)  # grad_output, grad_lse, and the same
 
 
 def _save(ctx, inputs, output) -> None:
@@ -28,13 +28,12 @@ def _gradients(ctx, grad_output: Tensor | None, grad_lse: Tensor | None):
     query, key, value, output, lse, index, weight = ctx.saved_tensors
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    positions = (0, 1, 2, 6)
-    needed = [ctx.needs_input_grad[i] for i in positions]
-    gradients = _backward(
+    needed = [ctx.needs_input_grad[i] for i in FORWARD_DIFFERENTIABLE]
+    gradients = routed_attention_backward(
         grad_output, grad_lse, query, key, value, output, lse, index, *ctx.sizes, weight, ctx.scale, needed
     )
     results: list[Tensor | None] = [None] * 8
-    for position, need, gradient in zip(positions, needed, gradients):
+    for position, need, gradient in zip(FORWARD_DIFFERENTIABLE, needed, gradients):
         if need:
             results[position] = gradient
     return tuple(results)
@@ -50,32 +49,55 @@ def _second_gradients(ctx, *grad_gradients: Tensor):
     """output and lse are functions of the other arguments, so what they contribute is in the others' gradients."""
     *saved, index = ctx.saved_tensors
     present = [i for i, tensor in enumerate(saved) if tensor is not None]
-    region_size, kv_region_size = ctx.sizes
-    scale = saved[2].shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
-
-    def forward(query, key, value, weight=None):
-        return reference.attend_to_regions(query, key, value, index, region_size, kv_region_size, weight, scale)
 
     def first_gradients(*tensors):
         arguments = dict(zip(present, tensors))
-        inputs = [arguments[i] for i in (2, 3, 4, 5) if i in arguments]
-        (_, lse), pullback = torch.func.vjp(forward, *inputs)
-        grad_lse = arguments.get(1)
-        return pullback((arguments[0], torch.zeros_like(lse) if grad_lse is None else grad_lse))
+        return _first_gradients(*(arguments.get(i) for i in range(6)), index, ctx.sizes, ctx.scale)
 
     with torch.autocast(saved[0].device.type, enabled=False):
         gradients, pullback = torch.func.vjp(first_gradients, *(saved[i] for i in present))
         wanted = (g if need else torch.zeros_like(x) for g, need, x in zip(grad_gradients, ctx.needed, gradients))
         second = dict(zip(present, pullback(tuple(wanted))))
     results: list[Tensor | None] = [None] * 13
-    for i, position in enumerate((0, 1, 2, 3, 4, 10)):
+    for i, position in enumerate(BACKWARD_DIFFERENTIABLE):
         if ctx.needs_input_grad[position]:
             results[position] = second.get(i)
     return tuple(results)
 
 
-torch.library.register_autograd("localattn::routed_attention", _gradients, setup_context=_save)
-torch.library.register_autograd("localattn::routed_attention_backward", _second_gradients, setup_context=_save_backward)
+def _definition(
+    query, key, value, index, region_size, kv_region_size, weight=None, scale=None
+) -> tuple[Tensor, Tensor]:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return reference.attend_to_regions(query, key, value, index, region_size, kv_region_size, weight, scale)
+
+
+def _first_gradients(grad_output, grad_lse, query, key, value, weight, index, sizes, scale) -> tuple[Tensor, ...]:
+    def forward(query, key, value, weight=None):
+        return _definition(query, key, value, index, *sizes, weight, scale)
+
+    (_, lse), pullback = torch.func.vjp(forward, *(x for x in (query, key, value, weight) if x is not None))
+    return pullback((grad_output, torch.zeros_like(lse) if grad_lse is None else grad_lse))
+
+
+def _backward_definition(
+    grad_output, grad_lse, query, key, value, output, lse, index, region_size, kv_region_size, weight, scale, needed
+) -> tuple[Tensor | None, ...]:
+    sizes = region_size, kv_region_size
+    gradients = _first_gradients(grad_output, grad_lse, query, key, value, weight, index, sizes, scale)
+    return gradients if weight is not None else (*gradients, None)
+
+
+routed_attention = differentiable(
+    torch.ops.localattn.routed_attention, _save, _gradients, _definition, mapped_into_batch
+)
+routed_attention_backward = differentiable(
+    torch.ops.localattn.routed_attention_backward,
+    _save_backward,
+    _second_gradients,
+    _backward_definition,
+    mapped_into_batch,
+)
 
 
 @torch.library.register_fake("localattn::routed_attention")
@@ -98,18 +120,13 @@ def _products(query, value, index, kv_size) -> int:
     return pairs * 2 * (query[-1] + value[-1])
 
 
-@register_flop_formula(_forward)
+@register_flop_formula(torch.ops.localattn.routed_attention)
 def _flops(query, key, value, index, size, kv_size, *_, out_shape=None, **__) -> int:
     return _products(query, value, index, kv_size)
 
 
-@register_flop_formula(_backward)
+@register_flop_formula(torch.ops.localattn.routed_attention_backward)
 def _backward_flops(
     grad_output, grad_lse, query, key, value, output, lse, index, size, kv_size, *_, out_shape=None, **__
 ):
     return _products(query, value, index, kv_size) * 5 // 2
-
-
-if hasattr(torch.library, "register_vmap"):  # from torch 2.5 on
-    for _operator in (_forward, _backward):
-        torch.library.register_vmap(_operator._qualified_op_name, functools.partial(mapped_into_batch, _operator))

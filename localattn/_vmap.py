@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
-
-from ._autograd import BACKWARD_DIFFERENTIABLE, FORWARD_DIFFERENTIABLE
-
-
-def _mapped(operator, bias_positions, info, in_dims, *arguments):
-    if any(arguments[i] is not None for i in bias_positions):
-        # A bias may lack the batch dimension that would take the mapped one, so each slice is a call of its own.
-        return slice_by_slice(operator, info, in_dims, *arguments)
-    return mapped_into_batch(operator, info, in_dims, *arguments)
 
 
 def mapped_into_batch(operator, info, in_dims, *arguments):
@@ -40,13 +29,3 @@ def slice_by_slice(operator, info, in_dims, *arguments):
 
     calls = [operator(*map(slice_of, arguments, in_dims, [i] * len(arguments))) for i in range(info.batch_size)]
     return tuple(torch.stack(results) for results in zip(*calls)), (0,) * len(calls[0])
-
-
-if hasattr(torch.library, "register_vmap"):  # from torch 2.5 on
-    torch.library.register_vmap(
-        "localattn::attention", functools.partial(_mapped, torch.ops.localattn.attention, FORWARD_DIFFERENTIABLE[3:])
-    )
-    torch.library.register_vmap(
-        "localattn::attention_backward",
-        functools.partial(_mapped, torch.ops.localattn.attention_backward, BACKWARD_DIFFERENTIABLE[5:]),
-    )

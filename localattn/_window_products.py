@@ -4,19 +4,17 @@ are each other's; shapes for tracing; FLOPs; vmap."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ._arguments import WindowOptions
+from . import reference
+from ._arguments import Causal, WindowOptions
+from ._differentiable import differentiable
 from ._flops import _pairs, register_flop_formula
 from ._memory_order import empty_ordered_as
 from ._vmap import mapped_into_batch
-
-_similarity = torch.ops.localattn.similarity
-_weighting = torch.ops.localattn.weighting
-_transpose = torch.ops.localattn.weighting_transpose
-
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
 # Each writes one of three tensors from the other two (at the queries, at the keys, one number per window entry), so its
@@ -38,8 +36,8 @@ def _similarity_backward(ctx, grad: Tensor):
     query, key = ctx.saved_tensors
     return _gradients(
         ctx,
-        lambda: _weighting(grad, key, *ctx.window),
-        lambda: _transpose(grad, query, key.shape[1:-2], *ctx.window),
+        lambda: weighting(grad, key, *ctx.window),
+        lambda: weighting_transpose(grad, query, key.shape[1:-2], *ctx.window),
     )
 
 
@@ -47,8 +45,8 @@ def _weighting_backward(ctx, grad: Tensor):
     weights, value = ctx.saved_tensors
     return _gradients(
         ctx,
-        lambda: _similarity(grad, value, *ctx.window, None, True),
-        lambda: _transpose(weights, grad, value.shape[1:-2], *ctx.window),
+        lambda: similarity(grad, value, *ctx.window, None, True),
+        lambda: weighting_transpose(weights, grad, value.shape[1:-2], *ctx.window),
     )
 
 
@@ -56,17 +54,43 @@ def _transpose_backward(ctx, grad: Tensor):
     weights, query = ctx.saved_tensors
     return _gradients(
         ctx,
-        lambda: _similarity(query, grad, *ctx.window, None, True),
-        lambda: _weighting(weights, grad, *ctx.window),
+        lambda: similarity(query, grad, *ctx.window, None, True),
+        lambda: weighting(weights, grad, *ctx.window),
     )
 
 
-for _name, _backward, _window in (
-    ("similarity", _similarity_backward, slice(2, 8)),
-    ("weighting", _weighting_backward, slice(2, 8)),
-    ("weighting_transpose", _transpose_backward, slice(3, 9)),
-):
-    torch.library.register_autograd(f"localattn::{_name}", _backward, setup_context=functools.partial(_save, _window))
+def _window_of(kernel_size, stride, dilation, is_causal, raster_causal, border) -> dict:
+    causal: Causal = "raster" if raster_causal else list(is_causal)
+    return {
+        "kernel_size": list(kernel_size), "stride": list(stride), "dilation": list(dilation), "is_causal": causal,
+        "border": border,
+    }  # fmt: skip
+
+
+def _similarity_definition(query, key, *options) -> Tensor:
+    window, (fill, absent_is_zero) = options[:6], (*options[6:], False)[:2]
+    scores = reference.similarity(query, key, **_window_of(*window), fill=0.0 if absent_is_zero else fill)
+    return torch.where(scores == -torch.inf, 0.0, scores) if absent_is_zero else scores
+
+
+def _weighting_definition(weights, value, *window) -> Tensor:
+    return reference.weighting(weights, value, **_window_of(*window))
+
+
+def _transpose_definition(weights, query, key_extent, *window) -> Tensor:
+    value = query.new_zeros((query.shape[0], *key_extent, *query.shape[-2:]))
+    _, pullback = torch.func.vjp(lambda value: _weighting_definition(weights, value, *window), value)
+    return pullback(query)[0]
+
+
+def _product(name: str, backward: Callable, definition: Callable, window: slice) -> Callable:
+    setup_context = functools.partial(_save, window)
+    return differentiable(getattr(torch.ops.localattn, name), setup_context, backward, definition, mapped_into_batch)
+
+
+similarity = _product("similarity", _similarity_backward, _similarity_definition, slice(2, 8))
+weighting = _product("weighting", _weighting_backward, _weighting_definition, slice(2, 8))
+weighting_transpose = _product("weighting_transpose", _transpose_backward, _transpose_definition, slice(3, 9))
 
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
@@ -80,12 +104,12 @@ def _window_entries(kernel_size, raster_causal: bool) -> int:
 
 
 @torch.library.register_fake("localattn::similarity")
-def _fake_similarity(query, key, kernel_size, stride, dilation, is_causal, raster_causal, *_):
+def _fakesimilarity(query, key, kernel_size, stride, dilation, is_causal, raster_causal, *_):
     return query.new_empty((*query.shape[:-1], _window_entries(kernel_size, raster_causal)))
 
 
 @torch.library.register_fake("localattn::weighting")
-def _fake_weighting(weights, value, *_):
+def _fakeweighting(weights, value, *_):
     return empty_ordered_as(value, value.shape[-1], weights.shape[1:-2])
 
 
@@ -104,23 +128,16 @@ def _flops(at_queries, at_keys, channels: int, window) -> int:
     return at_queries[0] * at_queries[-2] * pairs * 2 * channels
 
 
-@register_flop_formula(_similarity)
+@register_flop_formula(torch.ops.localattn.similarity)
 def _similarity_flops(query, key, *window, out_shape=None, **_) -> int:
     return _flops(query, key[1:-2], query[-1], window[:6])
 
 
-@register_flop_formula(_weighting)
+@register_flop_formula(torch.ops.localattn.weighting)
 def _weighting_flops(weights, value, *window, out_shape=None, **_) -> int:
     return _flops(weights, value[1:-2], value[-1], window[:6])
 
 
-@register_flop_formula(_transpose)
+@register_flop_formula(torch.ops.localattn.weighting_transpose)
 def _transpose_flops(weights, query, key_extent, *window, out_shape=None, **_) -> int:
     return _flops(query, key_extent, query[-1], window[:6])
-
-
-# ---- vmap ------------------------------------------------------------------------------------------------------------
-
-if hasattr(torch.library, "register_vmap"):  # from torch 2.5 on
-    for _operator in (_similarity, _weighting, _transpose):
-        torch.library.register_vmap(_operator._qualified_op_name, functools.partial(mapped_into_batch, _operator))

@@ -13,7 +13,7 @@ from ._arguments import Causal, IntOrTuple, ints_per_axis, window_options
 
 if _library.load_error is None:
     # Registered by being imported.
-    from . import _autograd, _fake, _flops, _linear_attention, _routed_attention, _vmap, _window_products  # noqa: F401
+    from . import _autograd, _fake, _flops, _linear_attention, _routed_attention, _window_products  # noqa: F401
 
 __all__ = [
     "attention_variant",
@@ -91,7 +91,7 @@ def local_attention(
         query, key, value, kernel_size, stride, dilation, is_causal, border, scale, bias, rel_pos_bias, axis_bias,
         key_mask, enable_gqa,
     )  # fmt: skip
-    output, lse = torch.ops.localattn.attention(*arguments)
+    output, lse = _autograd.attention(*arguments)
     return (output, lse) if return_lse else output
 
 
@@ -155,7 +155,7 @@ def similarity(
     query, key, options = _window_arguments(
         "query", query, "key", key, kernel_size, stride, dilation, is_causal, border
     )
-    return torch.ops.localattn.similarity(query, key, *options, fill)
+    return _window_products.similarity(query, key, *options, fill)
 
 
 def weighting(
@@ -186,7 +186,7 @@ def weighting(
     weights, value, options = _window_arguments(
         "weights", weights, "value", value, kernel_size, stride, dilation, is_causal, border
     )
-    return torch.ops.localattn.weighting(weights, value, *options)
+    return _window_products.weighting(weights, value, *options)
 
 
 def routed_attention(
@@ -235,7 +235,7 @@ def routed_attention(
     size = ints_per_axis("region_size", region_size, 2)
     kv_size = size if kv_region_size is None else ints_per_axis("kv_region_size", kv_region_size, 2)
     query, key, value, region_weight = _autocast(query.device, query, key, value, region_weight)
-    output, lse = torch.ops.localattn.routed_attention(
+    output, lse = _routed_attention.routed_attention(
         query, key, value, region_index, size, kv_size, region_weight, scale
     )
     return (output, lse) if return_lse else output
@@ -267,7 +267,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, key_mask: Ten
         tensors["key_mask"] = key_mask
     _check_tensors(tensors)
     query, key, value = _autocast(query.device, query, key, value)
-    return torch.ops.localattn.linear_attention(query, key, value, key_mask)[0]
+    return _linear_attention.linear_attention(query, key, value, key_mask)[0]
 
 
 def merge_attentions(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._operators import similarity, weighting
+from ..ops import similarity, weighting
 from ..nn import LocalAttention
 
 __all__ = ["LocalAttention", "TorchLocalAttention", "f_similar", "f_weighting"]

@@ -31,7 +31,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import nn
-from .._operators import similarity, weighting
+from ..ops import similarity, weighting
 from .image_local_attention import TorchLocalAttention, check_map, from_one_head, one_head
 
 __all__ = ["LocalAttention", "TorchLocalAttention", "f_similar", "f_weighting"]

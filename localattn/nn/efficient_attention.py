@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._operators import linear_attention
+from ..ops import linear_attention
 from ._layout import join_heads, split_heads
 from ._pointwise import PointwiseConv2d, only_multiplies
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._operators import local_attention
+from ..ops import local_attention
 from ._layout import join_heads, split_heads
 from ._pointwise import PointwiseConv2d, project_in_parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .._arguments import Causal, IntOrTuple, window_options
-from .._operators import local_attention
+from ..ops import local_attention
 from ..reference import check_options
 from ._layout import join_heads, split_heads
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import Causal, IntOrTuple, window_options
-from .._operators import local_attention, similarity, weighting
+from ..ops import local_attention, similarity, weighting
 from ..reference import check_options, windows
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _operators
+from ... import ops
 from ..._arguments import Causal, IntOrTuple
-from ..._operators import local_attention
+from ...ops import local_attention
 
 __all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
 
@@ -156,7 +156,7 @@ def neighborhood_attention_generic(
         return local_attention(query, key, value, kernel_size, return_lse=return_lse, **window)
     near = local_attention(query, key, value, kernel_size, return_lse=True, **window)
     extra = attend_to_all(query, additional_keys, additional_values, scale)
-    output, lse = _operators.merge_attentions([near[0], extra[0]], [near[1], extra[1]])
+    output, lse = ops.merge_attentions([near[0], extra[0]], [near[1], extra[1]])
     return (output, lse) if return_lse else output
 
 
@@ -186,7 +186,7 @@ def merge_attentions(
 ) -> tuple[Tensor, Tensor]:
     """One attention from attentions to parts of the keys, with exact gradients: :func:`localattn.merge_attentions`.
     The last two arguments are accepted and ignored."""
-    return _operators.merge_attentions(outputs, lse_tensors)
+    return ops.merge_attentions(outputs, lse_tensors)
 
 
 def attend_to_all(
