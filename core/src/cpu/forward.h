@@ -194,7 +194,7 @@ struct ForwardWorker {
             }
             const TileWeights<V> weights = dense_weights<V>(*tile, s, s_row);
             round_weights<V>(plan, block, *tile, chunk, weights, weights);
-            weigh_chunk<V>(plan, block, *tile, chunk, ring.slots, ring.values, weights, o, o_row, false, tiles);
+            weigh_chunk<V>(plan, block, *tile, chunk, ring.slots, ring.values, weights, o, o_row, tiles);
         }
         for (int i = 0; i < tiles; ++i) finish(job, block, tile[i], i);
     }

@@ -182,7 +182,7 @@ struct JointWorker {
                 const TileWeights<V> weights = dense_weights<V>(tile, dp, s_row);
                 round_weights<V>(by_query, block, tile, chunk, weights, weights);
                 weigh_chunk<V>(by_query, block, tile, chunk, keys.slots, keys.keys, weights, sum,
-                               tiles > 1 ? tile_step : grad_q_row, true, tiles);
+                               tiles > 1 ? tile_step : grad_q_row, tiles);
             }
         }
     }
@@ -235,13 +235,15 @@ struct JointWorker {
             const int tiles = tiles_together(plan, &tile, count - i);
             together = tiles;
             each_key_gradient(*this, [&](const KeyGradient &g) {
+                const ptrdiff_t plane = plan.plane_columns;
                 TileWeights<V> weights{g.planes + tile.phase * plan.plane_phase + plane_lane(job, tile),
-                                       static_cast<ptrdiff_t>(tiles > 1 ? V::lanes : plan.block_rows * pair_step()),
-                                       static_cast<ptrdiff_t>(pair_step()),
-                                       static_cast<ptrdiff_t>(plan.plane_columns),
-                                       true,
-                                       plan.offsets,
-                                       plan.lowest};
+                                       tiles > 1 ? V::lanes : plan.block_rows * pair_step(),
+                                       pair_step(),
+                                       plane,
+                                       0,
+                                       plan.offsets * plane,
+                                       plane};
+                weights.data -= plan.lowest * plane;
                 if (V::word > 1) {
                     const ptrdiff_t cell = tile.pattern->slots * V::lanes;
                     const TileWeights<V> rounded{words, plan.block_rows * cell, cell};
@@ -249,7 +251,7 @@ struct JointWorker {
                     weights = rounded;
                 }
                 weigh_chunk<V>(plan, block, tile, queries, ring.slots, g.queries, weights,
-                               g.sum + i * plan.block_rows * g.row, g.row, true, tiles);
+                               g.sum + i * plan.block_rows * g.row, g.row, tiles);
             });
         }
     }

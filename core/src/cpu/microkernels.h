@@ -5,8 +5,8 @@
 // lanes to their next window entry: no pair outside the window is computed.
 //
 //   scores:  s[row][entry][lane]   = sum over channels  a[row][channel][lane] * b[channel][column + entry + lane]
-//   values:  o[row][channel][lane] += sum over b rows and entries  p[row][b row][entry][lane]
-//                                                                * v[b row][channel][column + entry + lane]
+//   values:  o[row][channel][lane] += sum over b rows, runs and entries  p[row][b row][run][entry][lane]
+//                                                                * v[b row][channel][run's column + entry + lane]
 //
 // Where a lane holds words of two numbers (dot_vector.h), scores go through words of channels and values through words
 // of entries: half as many steps.
@@ -18,6 +18,7 @@
 // Rows*Columns multiply-adds, hence tiles as large as the register file: the table below.
 #pragma once
 #include "dot_vector.h"
+#include "plan.h"
 #include "stream.h"
 
 namespace localattn::cpu {
@@ -40,11 +41,12 @@ LOCALATTN_INLINE TileSplit split_tiles(int registers, int rows, int total) {
 }
 
 // `channels` counts words. Where operands are words, the sums are multiplied by `factor`; else the operands were.
-template <class V, int Rows, int Columns>
+// Entries lie side by side, or each at a column of its own.
+template <class V, int Rows, int Columns, bool Apart>
 __attribute__((noinline)) static void scores_tile(const typename V::T *__restrict a, ptrdiff_t a_row,
                                                   ptrdiff_t a_channel, const typename V::T *__restrict b,
                                                   ptrdiff_t b_channel, int64_t channels, typename V::T factor,
-                                                  typename V::T *__restrict s, ptrdiff_t s_row,
+                                                  const int64_t *column, typename V::T *__restrict s, ptrdiff_t s_row,
                                                   const typename V::T *next, const char *stream,
                                                   ptrdiff_t stream_step) {
     using reg = typename V::reg;
@@ -60,13 +62,14 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
             x[r] = V::load(a + r * a_row);
             V::hold(x[r]);
         }
-        __builtin_prefetch(next);
+        __builtin_prefetch(Apart ? next + column[0] : next);
+        if (Apart) __builtin_prefetch(next + column[Columns - 1]);
         next += b_channel;
         __builtin_prefetch(stream, 0, 2);
         stream += stream_step;
         LOCALATTN_UNROLL
         for (int n = 0; n < Columns; ++n) {
-            reg y = V::load(b + n);
+            reg y = V::load(b + (Apart ? column[n] : n));
             V::hold(y);
             LOCALATTN_UNROLL
             for (int r = 0; r < Rows; ++r) sum[r][n] = V::multiply_add(sum[r][n], x[r], y);
@@ -80,23 +83,34 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
         V::store(s + r * s_row + n * V::lanes, V::word == 1 ? sum[r][n] : sum[r][n] * factor);
 }
 
+// The weights of a tile, [row of A][row of B][entry], each element a register of lanes: by slot of the tile's pattern,
+// or, where tiles share an array, by phase of B and offset between the lanes. Words of entries follow the run's first.
+template <class V>
+struct TileWeights {
+    typename V::T *data;
+    ptrdiff_t row, b_row, entry = V::lanes;
+    ptrdiff_t slot = V::lanes, phase = 0, offset = 0;
+    typename V::T *of(const LaneRun &run) const {
+        return data + run.slot * slot + run.phase * phase + run.offset * offset;
+    }
+};
+
 // With Masked, an element of v counts as 0 in the lanes that the entry's mask leaves out, so that what those lanes must
 // not see (NaN and infinity too) cannot reach them.
 template <class V, int Rows, int Columns, bool Masked>
-__attribute__((noinline)) static void values_tile(const typename V::T *__restrict p, ptrdiff_t p_row, ptrdiff_t p_b_row,
-                                                  ptrdiff_t p_entry, const typename V::T *__restrict v,
-                                                  ptrdiff_t v_channel, ptrdiff_t v_row, int b_rows, int entries,
-                                                  const typename V::Mask *mask, typename V::T *__restrict o,
+__attribute__((noinline)) static void values_tile(const TileWeights<V> &p, const typename V::T *__restrict v,
+                                                  ptrdiff_t v_channel, ptrdiff_t v_row, int b_rows, const LaneRun *run,
+                                                  int runs, const typename V::Mask *mask, typename V::T *__restrict o,
                                                   ptrdiff_t o_row) {
     using reg = typename V::reg;
     reg sum[Rows][Columns];
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
     for (int n = 0; n < Columns; ++n) sum[r][n] = V::load(o + r * o_row + n * V::lanes);
-    const int whole = entries / V::word * V::word;
-#pragma GCC unroll 1
-    for (int y = 0; y < b_rows; ++y) {
-        const typename V::T *pp = p + y * p_b_row, *vv = v + y * v_row;
+    const ptrdiff_t p_row = p.row, p_entry = p.entry;
+    const auto add_run = [&](const LaneRun &run, const typename V::T *pp, const typename V::T *vv,
+                             const typename V::Mask *mask) __attribute__((always_inline)) {
+        const int entries = run.count, whole = entries / V::word * V::word;
         const auto add = [&](bool masked, typename V::mask m) __attribute__((always_inline)) {
             reg x[Rows];
             LOCALATTN_UNROLL
@@ -120,7 +134,15 @@ __attribute__((noinline)) static void values_tile(const typename V::T *__restric
             add(Masked, Masked ? V::word_mask(mask, e, entries) : typename V::mask{});
         if (V::word > 1 && whole < entries)
             add(true, Masked ? V::word_mask(mask, whole, entries) : V::word_mask(nullptr, whole, entries));
-    }
+    };
+#pragma GCC unroll 1
+    for (int y = 0; y < b_rows; ++y, v += v_row)
+#pragma GCC unroll 1
+        for (int i = 0; i < runs; ++i)
+            add_run(run[i], p.of(run[i]) + y * p.b_row, v + run[i].column,
+                    Masked ? mask + run[i].slot * V::lanes : nullptr);
+    // Keeps gcc from holding the addresses of all sums through the loop.
+    asm("" : "+r"(o), "+r"(o_row));
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
     for (int n = 0; n < Columns; ++n) V::store(o + r * o_row + n * V::lanes, sum[r][n]);
@@ -131,19 +153,20 @@ template <class V>
 struct Microkernels {
     using T = typename V::T;
     using Mask = typename V::Mask;
-    using Scores = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T, T *, ptrdiff_t,
-                            const T *, const char *, ptrdiff_t);
-    using Values = void (*)(const T *, ptrdiff_t, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, ptrdiff_t, int, int,
+    using Scores = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T, const int64_t *, T *,
+                            ptrdiff_t, const T *, const char *, ptrdiff_t);
+    using Values = void (*)(const TileWeights<V> &, const T *, ptrdiff_t, ptrdiff_t, int, const LaneRun *, int,
                             const Mask *, T *, ptrdiff_t);
     static constexpr int rows = max_rows(V::registers);
 
     struct Table {
-        Scores scores[rows + 1][17] = {};
+        Scores scores[2][rows + 1][17] = {};
         Values values[2][rows + 1][17] = {};
     };
     template <int R, int N>
     static constexpr void fill_columns(Table &t) {
-        t.scores[R][N] = scores_tile<V, R, N>;
+        t.scores[0][R][N] = scores_tile<V, R, N, false>;
+        t.scores[1][R][N] = scores_tile<V, R, N, true>;
         t.values[0][R][N] = values_tile<V, R, N, false>;
         t.values[1][R][N] = values_tile<V, R, N, true>;
         if constexpr (N > 1) fill_columns<R, N - 1>(t);
@@ -160,28 +183,30 @@ struct Microkernels {
     }
     static constexpr Table table = make();
 
-    // Scores of `count` consecutive entries; `channels` counts words.
+    // Scores of `count` entries, consecutive or, if they are given, at `columns`; `channels` counts words.
     LOCALATTN_INLINE void scores(int r, const T *a, ptrdiff_t a_row, ptrdiff_t a_channel, const T *b,
-                                 ptrdiff_t b_channel, int64_t channels, T factor, T *s, ptrdiff_t s_row, int count,
-                                 const T *next, Stream &stream) {
+                                 ptrdiff_t b_channel, int64_t channels, T factor, const int64_t *columns, T *s,
+                                 ptrdiff_t s_row, int count, const T *next, Stream &stream) {
         const TileSplit split = split_tiles(V::registers, r, count);
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(count, i);
             const Stream::Piece piece = stream.take(channels);
-            table.scores[r][n](a, a_row, a_channel, b + done, b_channel, channels, factor, s + done * V::lanes, s_row,
-                               next + i * (64 / static_cast<int>(sizeof(T))), piece.address, piece.step);
+            const int line = 64 / static_cast<int>(sizeof(T));
+            table.scores[columns != nullptr][r][n](a, a_row, a_channel, columns ? b : b + done, b_channel, channels,
+                                                   factor, columns ? columns + done : nullptr, s + done * V::lanes,
+                                                   s_row, columns ? next : next + i * line, piece.address, piece.step);
             done += n;
         }
     }
-    // Adds the contribution of `entries` consecutive entries of b_rows rows to all channels. mask: NULL or per entry.
-    LOCALATTN_INLINE void values(int r, const T *p, ptrdiff_t p_row, ptrdiff_t p_b_row, ptrdiff_t p_entry, const T *v,
-                                 ptrdiff_t v_channel, ptrdiff_t v_row, int b_rows, int entries, const Mask *mask, T *o,
-                                 ptrdiff_t o_row, int channels) {
+    // Adds what the runs' entries of b_rows rows give to all channels. mask: NULL or per slot.
+    LOCALATTN_INLINE void values(int r, const TileWeights<V> &p, const T *v, ptrdiff_t v_channel, ptrdiff_t v_row,
+                                 int b_rows, const LaneRun *run, int runs, const Mask *mask, T *o, ptrdiff_t o_row,
+                                 int channels) {
         const TileSplit split = split_tiles(V::registers, r, channels);
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(channels, i);
-            table.values[mask != nullptr][r][n](p, p_row, p_b_row, p_entry, v + done * v_channel, v_channel, v_row,
-                                                b_rows, entries, mask, o + done * V::lanes, o_row);
+            table.values[mask != nullptr][r][n](p, v + done * v_channel, v_channel, v_row, b_rows, run, runs, mask,
+                                                o + done * V::lanes, o_row);
             done += n;
         }
     }

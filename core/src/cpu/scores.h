@@ -41,19 +41,6 @@ struct TileRows {
     ptrdiff_t row, channel = V::lanes;
 };
 
-// The weights of a tile, [row of A][row of B][entry], each element a register of lanes: by slot of the tile's pattern,
-// or, where tiles share an array, by phase of B and offset between the lanes. Words of entries follow the run's first.
-template <class V>
-struct TileWeights {
-    typename V::T *data;
-    ptrdiff_t row, b_row, entry = V::lanes;
-    bool by_offset = false;
-    int64_t offsets = 0, lowest = 0;  // how many to a phase, and the first of them
-    typename V::T *of(const LaneRun &run) const {
-        return data + (by_offset ? run.phase * offsets + run.offset - lowest : run.slot) * entry;
-    }
-};
-
 template <class V>
 LOCALATTN_INLINE TileWeights<V> dense_weights(const LaneTile &tile, typename V::T *s, ptrdiff_t s_row) {
     return {s, s_row, tile.pattern->slots * V::lanes};
@@ -94,6 +81,7 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
                                   int tiles = 1) {
     const PackedRows<V> &rows = tensor.scores;
     const LanePattern &pattern = *tile.pattern;
+    if (pattern.slots == 0) return;
     const int64_t cell = pattern.slots * V::lanes;
     for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
         for (int64_t b = chunk.begin; b < chunk.end; ++b) {
@@ -109,18 +97,17 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
                             [&](int first, int count, int begin, int end) __attribute__((always_inline)) {
                                 Microkernels<V>::scores(end - begin, a.data + begin * a.row, a.row, a.channel,
                                                         packed + run.column + first, plan.packed,
-                                                        V::words(tensor.channels), factor,
+                                                        V::words(tensor.channels), factor, nullptr,
                                                         out + begin * step + first * V::lanes, step, count,
                                                         next + run.column + first, stream);
                             });
                 continue;
             }
-            for (int i = 0; i < pattern.runs; ++i) {
-                const LaneRun &run = pattern.run[i];
-                Microkernels<V>::scores(paired.end - paired.begin, a.data + paired.begin * a.row, a.row, a.channel,
-                                        packed + run.column, plan.packed, V::words(tensor.channels), factor,
-                                        out + run.slot * V::lanes, s_row, run.count, next + run.column, stream);
-            }
+            const bool apart = pattern.runs > 1;
+            const int64_t first = apart ? 0 : pattern.run[0].column;
+            Microkernels<V>::scores(paired.end - paired.begin, a.data + paired.begin * a.row, a.row, a.channel,
+                                    packed + first, plan.packed, V::words(tensor.channels), factor,
+                                    apart ? pattern.column : nullptr, out, s_row, pattern.slots, next + first, stream);
         }
     }
 }
@@ -152,12 +139,12 @@ LOCALATTN_INLINE void round_weights(const Plan &plan, const Block &block, const 
 }
 
 // o[row] += p . b over the paired rows of the chunk. Neighbouring rows of B with the same pairs go together, as many as
-// leave their weights in the L1 cache. With same_order the order of a sum does not depend on the block's other rows:
-// where there are several runs, rows of B go one by one. `tiles` that go together lie p.row and o_row apart.
+// leave their weights in the L1 cache. The order of a sum does not depend on the block's other rows. `tiles` that go
+// together lie p.row and o_row apart.
 template <class V>
 LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedTensor<V> &tensor, const TileWeights<V> &p,
-                                  typename V::T *o, ptrdiff_t o_row, bool same_order = false, int tiles = 1) {
+                                  typename V::T *o, ptrdiff_t o_row, int tiles = 1) {
     const PackedRows<V> &rows = tensor.values;
     using Mask = typename V::Mask;
     const LanePattern &pattern = *tile.pattern;
@@ -170,8 +157,7 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
         for (int64_t b = chunk.begin; b < chunk.end;) {
             const PairedRows paired = paired_rows(plan, block, b0, b);
             const bool partial = paired.partial_begin < paired.partial_end;
-            const int64_t together =
-                same_order && pattern.runs > 1 ? 1 : most(1, l1 / (most(1, paired.end - paired.begin) * cell));
+            const int64_t together = most(1, l1 / (most(1, paired.end - paired.begin) * cell));
             int64_t last = b + 1;
             while (!partial && last < chunk.end && last - b < together && last % slots.ring1 != 0) {
                 const PairedRows next = paired_rows(plan, block, b0, last);
@@ -182,13 +168,15 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
             const typename V::T *packed = rows.data + slots.of(b0, b) * rows.row + tile.column;
             if (tiles > 1 && paired.begin < paired.end) {
                 const LaneRun &run = pattern.run[0];
-                const auto *weights = p.of(run) + chunk.index(b0, b) * p.b_row;
+                auto *weights = p.of(run) + chunk.index(b0, b) * p.b_row;
                 const ptrdiff_t step = p.row - V::lanes * p.entry;
                 each_shared(V::lanes, run.count, tiles, static_cast<int>(l1 / (tiles * V::lanes)),
                             [&](int first, int count, int begin, int end) __attribute__((always_inline)) {
-                                Microkernels<V>::values(end - begin, weights + begin * step + first * p.entry, step,
-                                                        p.b_row, p.entry, packed + run.column + first, plan.packed,
-                                                        rows.row, static_cast<int>(last - b), count, nullptr,
+                                const LaneRun shared{0, count, 0, 0, run.column + first};
+                                const TileWeights<V> own{weights + begin * step + first * p.entry, step, p.b_row,
+                                                         p.entry};
+                                Microkernels<V>::values(end - begin, own, packed, plan.packed, rows.row,
+                                                        static_cast<int>(last - b), &shared, 1, nullptr,
                                                         o + begin * o_row, o_row, static_cast<int>(tensor.channels));
                             });
                 b = last;
@@ -196,14 +184,11 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
             }
             const auto weigh = [&](int begin, int end, const Mask *mask) __attribute__((always_inline)) {
                 if (begin >= end) return;
-                const ptrdiff_t from = begin * p.row + chunk.index(b0, b) * p.b_row;
-                for (int i = 0; i < pattern.runs; ++i) {
-                    const LaneRun &run = pattern.run[i];
-                    Microkernels<V>::values(end - begin, p.of(run) + from, p.row, p.b_row, p.entry, packed + run.column,
-                                            plan.packed, rows.row, static_cast<int>(last - b), run.count,
-                                            mask ? mask + run.slot * V::lanes : nullptr, o + begin * o_row, o_row,
-                                            static_cast<int>(tensor.channels));
-                }
+                TileWeights<V> own = p;
+                own.data += begin * p.row + chunk.index(b0, b) * p.b_row;
+                Microkernels<V>::values(end - begin, own, packed, plan.packed, rows.row, static_cast<int>(last - b),
+                                        pattern.run, pattern.runs, mask, o + begin * o_row, o_row,
+                                        static_cast<int>(tensor.channels));
             };
             if (partial) {
                 weigh(paired.begin, paired.partial_begin, plain_mask);
