@@ -39,7 +39,7 @@ def differentiable(
         if torch.compiler.is_compiling():
             return operator(*inputs)
         # autograd.Function has forward mode too, but torch loses the tangents of its tangents.
-        if _in_forward_mode(inputs):
+        if in_forward_mode(inputs):
             return definition(*inputs)
         return (Differentiable.apply if torch._C._are_functorch_transforms_active() else operator)(*inputs)
 
@@ -50,7 +50,7 @@ def differentiable(
     return differentiated
 
 
-def _in_forward_mode(inputs) -> bool:
+def in_forward_mode(inputs) -> bool:
     transforms = _functorch.get_interpreter_stack() or ()
     return any(t.key() == _functorch.TransformType.Jvp for t in transforms) or any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs

@@ -35,9 +35,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int
 
 def only_multiplies(layer: nn.Module) -> bool:
     """Whether all that ``layer`` does is to multiply by its weight and add its bias, so that both may be used in its
-    place: it is of exactly the type that this package makes, not wrapped, and without hooks."""
+    place."""
+    return is_unchanged(layer, nn.Linear, PointwiseConv2d)
+
+
+def is_unchanged(layer: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether ``layer`` is of exactly one of these types that this package makes, not wrapped, and without hooks."""
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) in (nn.Linear, PointwiseConv2d) and not any(hooks)
+    return type(layer) in types and not any(hooks)
 
 
 def project_in_parts(

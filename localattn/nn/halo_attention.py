@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import local_attention
-from ._layout import join_heads, split_heads
-from ._pointwise import PointwiseConv2d, project_in_parts
+from ._halo_function import HaloAttention, HaloOptions, composed_halo_attention, position_logits
+from ._pointwise import PointwiseConv2d, is_unchanged, only_multiplies, project_in_parts
 
 
 def _rounded_to_eight(channels: float) -> int:
@@ -33,36 +31,7 @@ class RelativePositionLogits(nn.Module):
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """``query (B, H, W, heads, D)`` to the logits of the rows and of the columns of each query's window,
         ``(B, H, W, heads, window)`` each."""
-        batch, height, width, heads, _ = query.shape
-        block = self.block_size
-        below, right = -height % block, -width % block
-        if below or right:  # the last blocks are cut off by the map's edge
-            query = F.pad(query, (0, 0, 0, 0, 0, right, 0, below))
-        maps = query.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (N, D, H, W) with N = B * heads
-        rows = self._row_logits(maps).unflatten(0, (batch, heads, (height + below) // block))
-        rows = rows.flatten(2, 3).permute(0, 2, 4, 1, 3)
-        columns = self._column_logits(maps).unflatten(0, (batch, heads)).permute(0, 3, 4, 1, 2)
-        return rows[:, :height, :width], columns[:, :height, :width]
-
-    # Products per place in the block, on copies whose fastest axis stays the map's; one copy at a time is alive.
-    def _row_logits(self, maps: Tensor) -> Tensor:  # (N, D, H, W) to (N * blocks, block, window, W)
-        return self._offsets(self.height_rel) @ (
-            maps.unflatten(2, (-1, self.block_size)).permute(0, 2, 3, 1, 4).flatten(0, 1)
-        )
-
-    def _column_logits(self, maps: Tensor) -> Tensor:  # (N, D, H, W) to (N, window, H, W)
-        shape = (maps.shape[0], maps.shape[2], maps.shape[3] // self.block_size)
-        columns = torch.bmm(
-            self._offsets(self.width_rel),  # (block, window, D) by (block, D, N * H * blocks)
-            maps.unflatten(3, (-1, self.block_size)).permute(4, 1, 0, 2, 3).flatten(2),
-        )
-        return columns.unflatten(2, shape).permute(2, 1, 3, 4, 0).flatten(3)
-
-    def _offsets(self, table: Tensor) -> Tensor:
-        """The rows of the table that each place in the block sees, ``(block, window, D)``."""
-        place = torch.arange(self.block_size, device=table.device)[:, None]
-        entry = torch.arange(self.window, device=table.device)
-        return table[entry - place + self.window - 1]
+        return position_logits(query, self.height_rel, self.width_rel, self.block_size)
 
 
 class HaloAttn(nn.Module):
@@ -147,7 +116,7 @@ class HaloAttn(nn.Module):
         self.auto_pad = auto_pad
         self.window = block_size + 2 * halo_size
         pooled = stride == 2 and (avg_down or block_size % 2 == 1)
-        query_stride = 1 if pooled else stride
+        self.query_stride = query_stride = 1 if pooled else stride
 
         options = {"bias": qkv_bias, "device": device, "dtype": dtype}
         self.q = PointwiseConv2d(dim, num_heads * self.dim_head_qk, stride=query_stride, **options)
@@ -173,27 +142,31 @@ class HaloAttn(nn.Module):
                     f"the {name} {size} must be a multiple of block_size={self.block_size}: pad the map to {fitting} "
                     "or set auto_pad=True"
                 )
-        query = split_heads(self.q(x), self.num_heads)
-        rows, columns = self.pos_embed(query * self.scale if self.scale_pos_embed else query)
-        key, value = (
-            split_heads(part, self.num_heads) for part in project_in_parts(self.kv, x, self._keys_and_values, 1)
-        )
-        output = local_attention(
-            query,
-            key,
-            value,
-            self.window,
-            stride=self.block_size,
-            border=self.border,
-            scale=self.scale,
-            axis_bias=(rows, columns),
-        )
-        return self.pool(join_heads(output))
+        return self.pool(self._attend(x))
 
-    def _keys_and_values(self, projected: Tensor, dim: int) -> list[Tensor]:
-        """The channels of the keys of all heads, and of the values, where ``kv`` has those of one head together."""
-        per_head = projected.unflatten(dim, (self.num_heads, -1))
-        return [part.flatten(dim, dim + 1) for part in per_head.split((self.dim_head_qk, self.dim_head_v), dim + 1)]
+    def _attend(self, x: Tensor) -> Tensor:
+        options = HaloOptions(
+            heads=self.num_heads,
+            key_channels=self.dim_head_qk,
+            block_size=self.block_size,
+            window=self.window,
+            query_stride=self.query_stride,
+            scale=self.scale,
+            scale_pos_embed=self.scale_pos_embed,
+            border=self.border,
+        )
+        if self._only_own_layers():
+            tables = (self.pos_embed.height_rel, self.pos_embed.width_rel)
+            tensors = (x, self.q.weight, self.q.bias, self.kv.weight, self.kv.bias, *tables)
+            if HaloAttention.takes(tensors):
+                return HaloAttention.apply(options, *tensors)
+        return composed_halo_attention(
+            options, x, self.q, lambda x: project_in_parts(self.kv, x, options.keys_and_values, 1), self.pos_embed
+        )
+
+    def _only_own_layers(self) -> bool:
+        own_logits = is_unchanged(self.pos_embed, RelativePositionLogits)
+        return own_logits and only_multiplies(self.q) and only_multiplies(self.kv)
 
     def extra_repr(self) -> str:
         return (

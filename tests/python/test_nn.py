@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
 
 from localattn import nn, reference
 from localattn.compat import image_local_attention, image_local_attention_fork, natten017
+from localattn.nn import _halo_function
 
 # One of every module, with the shape it takes.
 EVERY_MODULE = {
@@ -460,6 +462,74 @@ def test_halo_attention_pools(block, avg_down, size):
     close(module(x), expected)
     if options["auto_pad"]:
         assert module(x).shape[2:] == tuple(-(-s // 2) for s in size)
+
+
+@pytest.mark.parametrize("part", [1, 3000, 10**9], ids=["one_head", "some_images", "all"])
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({"block_size": 4, "halo_size": 1}, (8, 12)),
+        ({"block_size": 4, "halo_size": 2, "qkv_bias": True, "scale_pos_embed": True, "border": "mask"}, (8, 4)),
+        ({"block_size": 4, "halo_size": 1, "stride": 2, "qkv_bias": True}, (8, 8)),
+        ({"block_size": 4, "halo_size": 3, "auto_pad": True, "dim_head": 5}, (7, 9)),
+        ({"block_size": 8, "halo_size": 3, "num_heads": 1}, (32, 40)),  # its products are cut too
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_halo_attention_in_parts(options, size, part, channels_last, monkeypatch):
+    """The function that takes some heads and images at a time, against the composition of operators."""
+    monkeypatch.setattr(_halo_function, "PART_BYTES", part)
+    torch.manual_seed(0)
+    module = nn.HaloAttn(**{"dim": 12, "dim_out": 8, "num_heads": 4, **options}).double()
+    x = torch.randn(3, 12, *size, dtype=torch.float64, requires_grad=True)
+    if channels_last:
+        x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    output = module(x)
+    assert "HaloAttention" in type(output.grad_fn).__name__ + type(output.grad_fn.next_functions[0][0]).__name__
+    inputs, grad_output = (x, *module.parameters()), torch.randn(output.shape, dtype=torch.float64)
+    gradients = torch.autograd.grad(output, inputs, grad_output, retain_graph=True)
+    for again, gradient in zip(torch.autograd.grad(output, inputs, grad_output), gradients):
+        assert torch.equal(again, gradient)
+    some = (inputs[1], inputs[-1])  # what needs no gradient gets none
+    for parameter in module.parameters():
+        parameter.requires_grad_(any(parameter is tensor for tensor in some))
+    for alone, gradient in zip(
+        torch.autograd.grad(module(x.detach()), some, grad_output), (gradients[1], gradients[-1])
+    ):
+        close(alone, gradient)
+    module.requires_grad_()
+    monkeypatch.setattr(_halo_function.HaloAttention, "takes", lambda tensors: False)
+    expected = module(x)
+    assert "HaloAttention" not in type(expected.grad_fn).__name__
+    close(output, expected)
+    for gradient, other in zip(gradients, torch.autograd.grad(expected, inputs, grad_output)):
+        close(gradient, other)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_halo_attention_under_transforms(stride):
+    torch.manual_seed(0)
+    options = {"num_heads": 2, "block_size": 2, "halo_size": 1, "qkv_bias": True, "stride": stride}
+    module = nn.HaloAttn(2, 4, qk_ratio=0.5, **options).double()
+    names, parameters = zip(*module.named_parameters())
+
+    def attend(x, *parameters):
+        return torch.func.functional_call(module, dict(zip(names, parameters)), x)
+
+    x = torch.randn(1, 2, 4, 2, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(attend, (x, *parameters), fast_mode=True)
+    assert gradgradcheck(attend, (x, *parameters), fast_mode=True)
+    output = module(x)
+    grad_outputs = torch.randn(3, *output.shape, dtype=torch.float64)
+    together = torch.autograd.grad(output, x, grad_outputs, is_grads_batched=True, retain_graph=True)[0]
+    for gradient, grad_output in zip(together, grad_outputs):
+        close(gradient, torch.autograd.grad(output, x, grad_output, retain_graph=True)[0])
+    functional = torch.func.grad(lambda x: attend(x, *parameters).sin().sum())(x.detach())
+    close(functional, torch.autograd.grad(output.sin().sum(), x)[0])
+    _, tangent = torch.func.jvp(lambda x: attend(x, *parameters), (x.detach(),), (torch.ones_like(x),))
+    assert tangent.isfinite().all()
+    assert tangent.abs().max() > 0
 
 
 def test_halo_attention_parameters():
