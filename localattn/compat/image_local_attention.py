@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import similarity, weighting
 from ..nn import LocalAttention
+from ..ops import similarity, weighting
 
 __all__ = ["LocalAttention", "TorchLocalAttention", "f_similar", "f_weighting"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._arguments import Causal, IntOrTuple, ints_per_axis
-from ...ops import local_attention, merge_attentions, similarity, weighting
 from ...nn.neighborhood_attention import rel_pos_scores
+from ...ops import local_attention, merge_attentions, similarity, weighting
 from ..natten.functional import attend_to_all
 
 __all__ = [
