@@ -24,13 +24,13 @@ struct WarpBias {
     GPU_METHOD void for_each_query(int patch, Visit visit) const {
         GPU_UNROLL_FOR (int r = 0; r < 2; ++r) {
             // Most tiles have no registers to keep addresses from chunk to chunk.
-            const bool keeps = C::width < 64;
+            const bool keeps = C::width < 64, keeps_image = C::width < 128;
             const LanePlace place(rows, columns, keeps ? warp.row : opaque(warp.row),
                                   keeps ? warp.column : opaque(warp.column), patch, r);
+            const int batch = keeps_image ? block.batch : opaque(block.batch);
+            const int head = keeps_image ? block.head : opaque(block.head);
             if (place.exists)
-                visit(QueryBias(bias, row_axis, column_axis, rows, columns, opaque(block.batch), opaque(block.head),
-                                place.row, place.column),
-                      r);
+                visit(QueryBias(bias, row_axis, column_axis, rows, columns, batch, head, place.row, place.column), r);
         }
     }
     template <int chunks>
