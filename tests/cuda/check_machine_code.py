@@ -46,15 +46,15 @@ def find_cuobjdump(given):
     )
 
 
-def dump(tool, flag, library):
+def dump(tool, library, *flags):
     """The lines that the tool writes; nvdisasm, which it calls, lies beside it."""
     path = f"{pathlib.Path(tool).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with subprocess.Popen(
-        [tool, flag, library], stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path}
+        [tool, *flags, library], stdout=subprocess.PIPE, text=True, env={**os.environ, "PATH": path}
     ) as run:
         yield from run.stdout
     if run.returncode:
-        sys.exit(f"{tool} {flag} {library} failed with status {run.returncode}")
+        sys.exit(f"{tool} {' '.join(flags)} {library} failed with status {run.returncode}")
 
 
 def resources(lines):
@@ -71,16 +71,22 @@ def resources(lines):
 
 
 def instructions(lines):
-    """{(architecture, function): Counter of opcodes}"""
-    found, architecture = collections.defaultdict(collections.Counter), None
+    """{(architecture, function): [instruction with its operands]}"""
+    found, architecture = collections.defaultdict(list), None
     for line in lines:
         if match := re.match(r"\s*arch = (sm_\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function : (\S+)", line):
             function = match[1]
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z][A-Z0-9_]*)", line):
-            found[architecture, function][match[1]] += 1
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z][A-Z0-9_][^;]*)", line):
+            found[architecture, function].append(match[2])
     return found
+
+
+def loops(code):
+    """[(first, last)] instructions of what ends in a branch back; instructions are 16 bytes long."""
+    targets = [(re.search(r"0x([0-9a-f]+)", text), i) for i, text in enumerate(code) if text.startswith("BRA")]
+    return [(int(to[1], 16) // 16, i) for to, i in targets if to and int(to[1], 16) // 16 < i]
 
 
 def main():
@@ -90,8 +96,8 @@ def main():
     parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     tool = find_cuobjdump(arguments.cuobjdump)
-    usage = resources(dump(tool, "-res-usage", arguments.library))
-    code = instructions(dump(tool, "-sass", arguments.library))
+    usage = resources(dump(tool, arguments.library, "-res-usage"))
+    code = instructions(dump(tool, arguments.library, "-sass"))
 
     wrong, seen = [], collections.Counter()
     for (architecture, function), (registers, local) in sorted(usage.items()):
@@ -102,7 +108,7 @@ def main():
         if not kernel:
             continue
         seen[kernel, architecture] += 1
-        counts = code[architecture, function]
+        counts = collections.Counter(re.match(r"[A-Z0-9_]+", text)[0] for text in code[architecture, function])
         if arguments.table:
             listed = " ".join(f"{name} {counts[name]}" for name in FAST[kernel])
             print(f"{architecture} {registers:3} registers, {sum(counts.values())} instructions, {listed}: {function}")
