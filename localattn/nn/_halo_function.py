@@ -110,8 +110,8 @@ class HaloAttention(torch.autograd.Function):
 
     @staticmethod
     def takes(tensors: Sequence[Tensor | None]) -> bool:
-        """On CPUs, where parts cost no time, and in the dtypes whose sums over parts are not rounded to 16 bits. What
-        traces or transforms, and forward mode, take the composition."""
+        """On CPUs, which parts occupy as well as the whole, in the dtypes whose sums over parts are not rounded to 16
+        bits. Tracing, transforms and forward mode are the composition's."""
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
         given = [x for x in tensors if x is not None]
