@@ -157,8 +157,7 @@ LaneAxis make_lane_axis(const Axis &axis, int lanes, bool joins_phases) {
     return lane;
 }
 
-LaneAxis::Stretch LaneAxis::stretch_at(Side s, int64_t phase, int64_t lane) const {
-    if (!joined) return {INT64_MAX, period(s) * lane + phase, period(s)};
+LaneAxis::Stretch LaneAxis::joined_stretch(Side s, int64_t lane) const {
     // The first `longer` residue classes have a lane more than the others.
     const int64_t classes = axis.dilation, length = extent(s) / classes, longer = extent(s) % classes;
     const int64_t beyond = lane - longer * (length + 1), size = beyond < 0 ? length + 1 : length;

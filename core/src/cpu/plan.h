@@ -85,7 +85,10 @@ struct LaneAxis {
     struct Stretch {
         int64_t lanes, position, step;
     };
-    Stretch stretch_at(Side, int64_t phase, int64_t lane) const;
+    Stretch stretch_at(Side s, int64_t phase, int64_t lane) const {
+        return joined ? joined_stretch(s, lane) : Stretch{INT64_MAX, period(s) * lane + phase, period(s)};
+    }
+    Stretch joined_stretch(Side, int64_t lane) const;
     // body(lanes before, stretch) for the stretches of lanes [lane, lane + count), which exist.
     template <class Body>
     void each_stretch(Side s, int64_t phase, int64_t lane, int64_t count, const Body &body) const {
@@ -98,8 +101,7 @@ struct LaneAxis {
     }
     // -1 for a lane that has none, if joined.
     int64_t position(Side s, int64_t phase, int64_t lane) const {
-        if (!joined) return period(s) * lane + phase;
-        return lane < 0 || lane >= extent(s) ? -1 : stretch_at(s, phase, lane).position;
+        return joined && (lane < 0 || lane >= extent(s)) ? -1 : stretch_at(s, phase, lane).position;
     }
 };
 LaneAxis make_lane_axis(const Axis &);
