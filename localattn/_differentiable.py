@@ -36,12 +36,15 @@ def differentiable(
     Differentiable.backward = staticmethod(backward)
 
     def differentiated(*inputs):
-        if torch.compiler.is_compiling():
-            return operator(*inputs)
+        transforms = _active_transforms()
         # autograd.Function has forward mode too, but torch loses the tangents of its tangents.
-        if in_forward_mode(inputs):
+        if _functorch.TransformType.Jvp in transforms or any_tangent(inputs):
             return definition(*inputs)
-        return (Differentiable.apply if torch._C._are_functorch_transforms_active() else operator)(*inputs)
+        if not transforms:
+            return operator(*inputs)
+        if not torch.compiler.is_compiling():
+            return Differentiable.apply(*inputs)
+        return (definition if _functorch.TransformType.Grad in transforms else operator)(*inputs)
 
     name = operator._qualified_op_name
     torch.library.register_autograd(name, backward, setup_context=setup_context)
@@ -50,8 +53,16 @@ def differentiable(
     return differentiated
 
 
-def in_forward_mode(inputs) -> bool:
-    transforms = _functorch.get_interpreter_stack() or ()
-    return any(t.key() == _functorch.TransformType.Jvp for t in transforms) or any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    )
+def _active_transforms() -> list:
+    return [transform.key() for transform in _functorch.get_interpreter_stack() or ()]
+
+
+# While torch.compile traces, the transforms that are active are those of the traced code, which it can thus take for a
+# constant: what torch.compiler.assume_constant_result says, which would import all of the compiler.
+_active_transforms._dynamo_marked_constant = True
+
+
+def any_tangent(inputs) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C import _functorch
 
 from .._arguments import window_options
-from .._differentiable import in_forward_mode
+from .._differentiable import any_tangent
 from ..ops import local_attention
 from ._layout import join_heads, split_heads
 from ._pointwise import pointwise
@@ -119,7 +119,7 @@ class HaloAttention(torch.autograd.Function):
             all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in given)
             and {x.dtype for x in given} in ({torch.float32}, {torch.float64})
             and not torch.is_autocast_enabled("cpu")
-            and not in_forward_mode(given)
+            and not any_tangent(given)
         )
 
     @staticmethod

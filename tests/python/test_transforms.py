@@ -144,3 +144,21 @@ def test_gradients_of_each_sample(module):
     for i, image in enumerate(images):
         wanted = torch.autograd.grad(loss(parameters, image), tuple(parameters.values()), materialize_grads=True)
         torch.testing.assert_close(tuple(per_sample[name][i] for name in parameters), wanted)
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="torch.compile of torch 2.4 refuses torch.func; seen to work from 2.7 on"
+)
+@pytest.mark.parametrize("name", ["local_attention", "similarity"])
+def test_compiled(name):
+    function, inputs, direction = scalar(name)
+
+    def pushed(*inputs):
+        return jvp(function, inputs, direction)[1]
+
+    def mapped(*inputs):
+        return vmap(grad(function))(*(x[None] for x in inputs))[0]
+
+    for transformed in (grad(function), pushed, mapped):
+        compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), transformed(*inputs))
