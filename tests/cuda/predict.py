@@ -16,6 +16,8 @@ import math
 
 import check_machine_code as machine
 
+from localattn.reference import axis_windows
+
 MULTIPROCESSORS, CLOCK, COPY, FLOAT32_RATE = 132, 1.755e9, 4.3e12, 67e12
 A_CLOCK = {"mma": 1024, "issue": 4, "shared": 128, "cache": 32}  # of one multiprocessor
 EFFICIENCY, LAUNCH = 0.6, 2e-6
@@ -36,21 +38,15 @@ class Case:
 
     def windows(self):
         """By class of the dilation, the keys that each query of an axis sees: (begin, end) in the class."""
+        rule = (self.kernel, self.stride, self.dilation, self.causal, self.border)
+        window = axis_windows(self.side, self.side, *rule, device="cpu")
+        place = window.position // self.dilation
+        there = window.inside | window.outside if self.border == "zero" else window.inside
         classes = []
         for residue in range(self.dilation):
-            n = len(range(residue, self.side, self.dilation))
-            s, k, found = self.stride, self.kernel, []
-            for c in range(n):
-                leader = c // s * s + (s - 1 if self.causal else s // 2)
-                if self.causal or self.border == "shift":
-                    leader = min(leader, n - 1)
-                start = leader - k + 1 if self.causal else leader - k // 2
-                if self.border == "shift":
-                    start = max(0, min(start, n - k))
-                end = min(start + k, c + 1) if self.causal else start + k
-                inside = self.border != "zero" or self.causal
-                found.append((max(start, 0), min(end, n)) if inside else (start, end))
-            classes.append(found)
+            mine = slice(residue, None, self.dilation)
+            seen = [keys[present] for keys, present in zip(place[mine], there[mine])]
+            classes.append([(int(keys[0]), int(keys[-1]) + 1) for keys in seen])
         return classes
 
     def pairs(self):
