@@ -4,6 +4,7 @@ import brute_force
 import pytest
 import torch
 from configurations import laid_out
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import localattn
@@ -127,7 +128,7 @@ def test_compiled_between_other_operators():
 
 def test_dynamic_shapes_do_not_recompile():
     torch.compiler.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda q, k, v: localattn.local_attention(q, k, v, 3, enable_gqa=True).sin(),
         fullgraph=True, dynamic=True, backend=counter,
