@@ -74,3 +74,14 @@ def _causal_per_axis(value: Causal, rank: int) -> tuple[tuple[bool, ...], bool]:
         if entry not in (False, True):
             raise TypeError(f"is_causal must be a bool, one bool per spatial axis or 'raster', got {value!r}")
     return tuple(bool(entry) for entry in values), False
+
+
+def window_keywords(kernel_size, stride, dilation, is_causal, raster_causal: bool, border: str) -> dict:
+    """What the native operators take of a window, as keyword arguments of the functions that users call."""
+    return {
+        "kernel_size": list(kernel_size),
+        "stride": list(stride),
+        "dilation": list(dilation),
+        "is_causal": "raster" if raster_causal else list(is_causal),
+        "border": border,
+    }

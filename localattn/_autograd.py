@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Causal
+from ._arguments import window_keywords
 from ._differentiable import differentiable
-from ._vmap import mapped_into_batch, slice_by_slice
+from ._vmap import mapped_unless_given
 
 # Positions in the schemas.
 FORWARD_DIFFERENTIABLE = (0, 1, 2, 10, 11, 12, 13, 14)  # query, key, value and the five biases
@@ -82,12 +82,10 @@ def _first_backward(options, key_mask, needs_gradient, present, *tensors: Tensor
 
 
 def _forward(options, key_mask, query, key, value, bias, rel_pos_bias, *axis_biases) -> tuple[Tensor, Tensor]:
-    kernel_size, stride, dilation, is_causal, raster_causal, border, scale = options
-    causal: Causal = "raster" if raster_causal else list(is_causal)
+    *window, scale = options
     return reference.local_attention(
-        query, key, value, list(kernel_size), stride=list(stride), dilation=list(dilation), is_causal=causal,
-        border=border, scale=scale, bias=bias, rel_pos_bias=rel_pos_bias, axis_bias=axis_biases[: len(kernel_size)],
-        key_mask=key_mask, enable_gqa=True, return_lse=True,
+        query, key, value, **window_keywords(*window), scale=scale, bias=bias, rel_pos_bias=rel_pos_bias,
+        axis_bias=axis_biases[: len(window[0])], key_mask=key_mask, enable_gqa=True, return_lse=True,
     )  # fmt: skip
 
 
@@ -98,27 +96,18 @@ def _definition(query, key, value, *more) -> tuple[Tensor, Tensor]:
 
 def _backward_definition(*inputs) -> tuple[Tensor, ...]:
     tensors = [inputs[i] for i in BACKWARD_DIFFERENTIABLE]
-    present = [i for i, tensor in enumerate(tensors) if tensor is not None]
     needs_gradient = inputs[20]
     gradients = iter(
-        _first_backward(
-            inputs[7:14], inputs[BACKWARD_KEY_MASK], needs_gradient, present, *(tensors[i] for i in present)
-        )
+        _first_backward(inputs[7:14], inputs[BACKWARD_KEY_MASK], needs_gradient, range(len(tensors)), *tensors)
     )
     return tuple(next(gradients) if needed else tensors[0].new_zeros(0) for needed in needs_gradient)
 
 
-def _mapped(bias_positions, operator, info, in_dims, *inputs):
-    # A bias may lack the batch dimension that would take the mapped one, so each slice is a call of its own.
-    join = mapped_into_batch if all(inputs[i] is None for i in bias_positions) else slice_by_slice
-    return join(operator, info, in_dims, *inputs)
-
-
 attention = differentiable(
     torch.ops.localattn.attention, _save_forward, _backward, _definition,
-    functools.partial(_mapped, FORWARD_DIFFERENTIABLE[3:]),
+    functools.partial(mapped_unless_given, FORWARD_DIFFERENTIABLE[3:]),
 )  # fmt: skip
 attention_backward = differentiable(
     torch.ops.localattn.attention_backward, _save_backward, _second_backward, _backward_definition,
-    functools.partial(_mapped, BACKWARD_DIFFERENTIABLE[5:]),
+    functools.partial(mapped_unless_given, BACKWARD_DIFFERENTIABLE[5:]),
 )  # fmt: skip

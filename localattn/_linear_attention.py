@@ -12,7 +12,7 @@ from . import reference
 from ._differentiable import differentiable
 from ._flops import register_flop_formula
 from ._memory_order import empty_ordered_as
-from ._vmap import mapped_into_batch, slice_by_slice
+from ._vmap import mapped_unless_given
 
 
 def _save(ctx, inputs, output) -> None:
@@ -60,20 +60,14 @@ def _backward_definition(grad_output, query, key, value, context, key_lse, key_m
     return _first_gradients(key_mask, grad_output, query, key, value)
 
 
-def _mapped(mask_position, operator, info, in_dims, *inputs):
-    # A mask may lack the batch dimension that would take the mapped one.
-    join = mapped_into_batch if inputs[mask_position] is None else slice_by_slice
-    return join(operator, info, in_dims, *inputs)
-
-
 linear_attention = differentiable(
     torch.ops.localattn.linear_attention, _save, _gradients,
     lambda *inputs: (_definition(*inputs), None, None),  # the others are for the backward
-    functools.partial(_mapped, 3),
+    functools.partial(mapped_unless_given, (3,)),
 )  # fmt: skip
 linear_attention_backward = differentiable(
     torch.ops.localattn.linear_attention_backward, _save_backward, _second_gradients, _backward_definition,
-    functools.partial(_mapped, 6),
+    functools.partial(mapped_unless_given, (6,)),
 )  # fmt: skip
 
 

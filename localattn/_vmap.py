@@ -29,3 +29,10 @@ def slice_by_slice(operator, info, in_dims, *arguments):
 
     calls = [operator(*map(slice_of, arguments, in_dims, [i] * len(arguments))) for i in range(info.batch_size)]
     return tuple(torch.stack(results) for results in zip(*calls)), (0,) * len(calls[0])
+
+
+def mapped_unless_given(positions, operator, info, in_dims, *arguments):
+    """The arguments at `positions` may lack the batch dimension that would take the mapped one. Where one of them is
+    given, each slice is a call of its own."""
+    join = mapped_into_batch if all(arguments[i] is None for i in positions) else slice_by_slice
+    return join(operator, info, in_dims, *arguments)

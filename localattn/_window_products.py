@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._arguments import Causal, WindowOptions
+from ._arguments import WindowOptions, window_keywords
 from ._differentiable import differentiable
 from ._flops import _pairs, register_flop_formula
 from ._memory_order import empty_ordered_as
@@ -59,22 +59,14 @@ def _transpose_backward(ctx, grad: Tensor):
     )
 
 
-def _window_of(kernel_size, stride, dilation, is_causal, raster_causal, border) -> dict:
-    causal: Causal = "raster" if raster_causal else list(is_causal)
-    return {
-        "kernel_size": list(kernel_size), "stride": list(stride), "dilation": list(dilation), "is_causal": causal,
-        "border": border,
-    }  # fmt: skip
-
-
 def _similarity_definition(query, key, *options) -> Tensor:
     window, (fill, absent_is_zero) = options[:6], (*options[6:], False)[:2]
-    scores = reference.similarity(query, key, **_window_of(*window), fill=0.0 if absent_is_zero else fill)
+    scores = reference.similarity(query, key, **window_keywords(*window), fill=0.0 if absent_is_zero else fill)
     return torch.where(scores == -torch.inf, 0.0, scores) if absent_is_zero else scores
 
 
 def _weighting_definition(weights, value, *window) -> Tensor:
-    return reference.weighting(weights, value, **_window_of(*window))
+    return reference.weighting(weights, value, **window_keywords(*window))
 
 
 def _transpose_definition(weights, query, key_extent, *window) -> Tensor:
