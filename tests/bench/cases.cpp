@@ -71,6 +71,8 @@ std::vector<Case> cases() {
         add("stride_k", [](Case &c) { c.stride = c.kernel; });
         add("dilation2", [](Case &c) { c.dilation = {2, 2, 1}; });
         add("dilation3", [](Case &c) { c.dilation = {3, 3, 1}; });
+        add("dilation3_bias", [](Case &c) { c.dilation = {3, 3, 1}, c.bias = true; });
+        add("dilation3_rel_pos_bias", [](Case &c) { c.dilation = {3, 3, 1}, c.rel_pos_bias = true; });
         add("causal", [](Case &c) { c.causal = {true, true, false}; });
         add("raster", [](Case &c) { c.raster = true; });
         add("finer_queries", [](Case &c) { c.keys = {32, 32, 1}; });
@@ -98,6 +100,12 @@ std::vector<Case> cases() {
         }));
     }
     all.push_back(changed(square(4, 32, 64, 19), "option/k19/plain", [](Case &) {}));
+    // Dilated neighbourhood attention as its models use it: classes as long as the window.
+    all.push_back(changed(square(4, 32, 56, 7), "option/neighborhood", [](Case &c) {
+        c.border = LOCALATTN_BORDER_SHIFT;
+        c.dilation = {8, 8, 1};
+        c.rel_pos_bias = true;
+    }));
     all.push_back(changed(square(8, 32, 128, 7), "heads_first/8x32/128/k7", [](Case &c) { c.heads_first = true; }));
     all.push_back(changed(square(4, 32, 512, 7), "heads_first/4x32/512/k7", [](Case &c) { c.heads_first = true; }));
     for (const int64_t side : {14, 28, 56}) {

@@ -106,7 +106,7 @@ struct QueryPassWorker {
         w.dp = arena.take<T>(plan.block_rows * w.s_row);
         w.lse = arena.take<T>(plan.block_rows * V::lanes);
         w.delta = arena.take<T>(plan.block_rows * V::lanes);
-        w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
+        w.bias_scratch = take_bias_scratch<V>(w.plan, arena);
     }
 
     int64_t offset(const Tensor &t, const Job &job, const Block &block, int r, const LaneTile &tile) const {

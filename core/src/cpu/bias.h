@@ -97,30 +97,40 @@ static void add_key_bias(const Plan &plan, const LaneTile &tile, const BiasRow &
 
 // How many rows of keys the passes with queries in their lanes take at once, so that these rows' biases, transposed,
 // stay in the L1 cache; and the memory for that: [rows][entry][lane] of the bias, [entry][lane] of axis 2's,
-// [row][lane] of axis 1's.
+// [row][lane] of axis 1's, and, where phases are joined, as much as the first once more.
 LOCALATTN_INLINE int64_t bias_rows_at_once(const Problem &p) {
     return most(1, least(p.axis[1].kernel, 256 / p.axis[2].kernel));
 }
+struct BiasScratch {
+    int64_t axis2, axis1, stretch, size;  // in registers
+};
+LOCALATTN_INLINE BiasScratch bias_scratch_of(const Plan &plan) {
+    const int64_t rows = bias_rows_at_once(*plan.problem), kernel = plan.problem->axis[2].kernel;
+    const int64_t axis1 = rows * kernel + kernel, stretch = axis1 + rows;
+    return {rows * kernel, axis1, stretch, stretch + (plan.lane_axis.joined ? rows * kernel : 0)};
+}
 template <class V>
-LOCALATTN_INLINE typename V::T *take_bias_scratch(const Problem &p, Arena &arena) {
-    if (!p.has_bias() && !p.wants_bias_gradient()) return nullptr;
-    const int64_t rows = bias_rows_at_once(p), kernel = p.axis[2].kernel;
-    return arena.take<typename V::T>((rows * kernel + kernel + rows) * V::lanes);
+LOCALATTN_INLINE typename V::T *take_bias_scratch(const Plan &plan, Arena &arena) {
+    if (!plan.problem->has_bias() && !plan.problem->wants_bias_gradient()) return nullptr;
+    return arena.take<typename V::T>(bias_scratch_of(plan).size * V::lanes);
 }
 
 // Entries [first, first + count) of a bias of the tile's queries, as out[entry][lane].
 template <class V, class Element>
 LOCALATTN_INLINE void transpose_bias(const Plan &plan, const LaneTile &tile, const Tensor &t, const BiasRow &row,
-                                     int64_t first, int64_t count, typename V::T *out) {
+                                     int64_t first, int64_t count, typename V::T *out, typename V::T *scratch) {
     using T = typename V::T;
-    const Element *data = static_cast<const Element *>(t.data) + query_offset(t, row) + first * t.channel +
-                          (tile.query + tile.phase) * t.axis[2];
+    const Element *data = static_cast<const Element *>(t.data) + query_offset(t, row) + first * t.channel;
     if (t.axis[2] == 0) {
         for (int64_t e = 0; e < count; ++e) V::store(out + e * V::lanes, V::all(load_as<T>(data + e * t.channel)));
         return;
     }
-    pack<V, Element>(data, plan.lane_axis.query_period * t.axis[2], t.channel, 0, tile.count, V::lanes, count, T(1),
-                     out, V::lanes);
+    const auto body = [&](int64_t lane, const LaneAxis::Stretch &s, T *packed) {
+        const int64_t step = s.step * t.axis[2];
+        pack<V, Element>(data + s.position * t.axis[2] - lane * step, step, t.channel, lane, lane + s.lanes, V::lanes,
+                         count, T(1), packed, V::lanes);
+    };
+    pack_stretches<V>(plan, tile, count, out, scratch, body);
 }
 
 // Lanes that are queries: s[row][slot][lane] += factor * bias for consecutive rows of keys. Pairs that do not exist get
@@ -134,17 +144,21 @@ static void add_query_bias(const Plan &plan, const LaneTile &tile, const BiasRow
     const Problem &p = *plan.problem;
     const LanePattern &pattern = *tile.pattern;
     const int64_t kernel = p.axis[2].kernel, at_once = bias_rows_at_once(p);
-    T *full = scratch, *axis2 = full + at_once * kernel * L, *axis1 = axis2 + kernel * L;
-    if (p.axis_bias[2].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[2], first, 0, kernel, axis2);
+    const BiasScratch parts = bias_scratch_of(plan);
+    T *full = scratch, *axis2 = full + parts.axis2 * L, *axis1 = full + parts.axis1 * L,
+      *stretch = full + parts.stretch * L;
+    if (p.axis_bias[2].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[2], first, 0, kernel, axis2, stretch);
     alignas(64) T axis0[L] = {};
-    if (p.axis_bias[0].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[0], first, first.entry0, 1, axis0);
+    if (p.axis_bias[0].data)
+        transpose_bias<V, Element>(plan, tile, p.axis_bias[0], first, first.entry0, 1, axis0, stretch);
     for (int64_t done = 0; done < rows; done += at_once) {
         const int64_t now = least(at_once, rows - done);
         const BiasRow row = row_after(first, done);
         if (p.bias.data)
             transpose_bias<V, Element>(plan, tile, p.bias, row, (row.entry0 * p.axis[1].kernel + row.entry1) * kernel,
-                                       now * kernel, full);
-        if (p.axis_bias[1].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[1], row, row.entry1, now, axis1);
+                                       now * kernel, full, stretch);
+        if (p.axis_bias[1].data)
+            transpose_bias<V, Element>(plan, tile, p.axis_bias[1], row, row.entry1, now, axis1, stretch);
         for (int64_t b = 0; b < now; ++b, s += pattern.slots * L) {
             reg same = V::load(axis0);
             if (p.axis_bias[1].data) same += V::load(axis1 + b * L);
@@ -172,20 +186,32 @@ static void add_query_bias(const Plan &plan, const LaneTile &tile, const BiasRow
     }
 }
 
-// One slot's gradients g[lane], whose sum is `total`, to at[lane * query + entry[lane] * step].
+// Where the numbers of a tile's queries lie in a row of a tensor, lane by lane.
+template <class V>
+struct LanePlaces {
+    int64_t at[V::lanes] = {};
+    LanePlaces(const Plan &plan, const LaneTile &tile, const Tensor &t) {
+        const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
+            for (int64_t l = 0; l < s.lanes; ++l) at[lane + l] = (s.position + l * s.step) * t.axis[2];
+        };
+        plan.lane_axis.each_stretch(Side::query, tile.phase, tile.lane, tile.count, body);
+    }
+};
+
+// One slot's gradients g[lane], whose sum is `total`, to row[place of the lane + entry[lane] * step].
 template <class V>
 LOCALATTN_INLINE void add_slot(const LaneTile &tile, const int32_t *entry, const typename V::T *g, typename V::T total,
-                               typename V::T *at, int64_t query, int64_t step) {
+                               typename V::T *row, const LanePlaces<V> &places, bool one_place, int64_t step) {
     const bool uniform = tile.pattern->uniform;
-    if (query == 0 && (uniform || step == 0)) {
-        at[entry[0] * step] += total;
+    if (one_place && (uniform || step == 0)) {
+        row[entry[0] * step] += total;
     } else if (uniform) {
-        at += entry[0] * step;
+        row += entry[0] * step;
         LOCALATTN_UNROLL
-        for (int l = 0; l < V::lanes; ++l) at[l * query] += g[l];
+        for (int l = 0; l < V::lanes; ++l) row[places.at[l]] += g[l];
     } else {
         for (int l = 0; l < tile.count; ++l)
-            if (entry[l] >= 0) at[l * query + entry[l] * step] += g[l];
+            if (entry[l] >= 0) row[places.at[l] + entry[l] * step] += g[l];
     }
 }
 
@@ -213,10 +239,12 @@ LOCALATTN_INLINE void store_bias_gradient(const Plan &plan, const LaneTile &tile
             g = scratch;
         }
         T *at = static_cast<T *>(out.data) + query_offset(out, row) +
-                (row.entry0 * p.axis[1].kernel + row.entry1) * kernel * out.channel +
-                (tile.query + tile.phase) * out.axis[2];
-        unpack<V, T>(g, tile.count, now * kernel, V::all(T(1)), at, plan.lane_axis.query_period * out.axis[2],
-                     out.channel);
+                (row.entry0 * p.axis[1].kernel + row.entry1) * kernel * out.channel;
+        const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
+            unpack<V, T>(g + lane, static_cast<int>(s.lanes), now * kernel, V::all(T(1)), at + s.position * out.axis[2],
+                         s.step * out.axis[2], out.channel);
+        };
+        plan.lane_axis.each_stretch(Side::query, tile.phase, tile.lane, tile.count, body);
     }
 }
 
@@ -231,26 +259,25 @@ static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const Bia
     const Problem &p = *plan.problem;
     const LanePattern &pattern = *tile.pattern;
     if (pattern.slots == 0) return;
-    const int64_t kernel = p.axis[2].kernel, period = plan.lane_axis.query_period, cell = pattern.slots * L;
+    const int64_t kernel = p.axis[2].kernel, cell = pattern.slots * L;
     const auto total_of = [&](const T *g) {
         T total = 0;
         for (int l = 0; l < tile.count; ++l) total += g[l];
         return total;
     };
-    // Where a tensor's numbers for the tile's first query lie.
-    const auto tile_of = [&](const Tensor &t) {
-        return static_cast<T *>(t.data) + query_offset(t, first) + (tile.query + tile.phase) * t.axis[2];
-    };
+    const auto row_of = [&](const Tensor &t) { return static_cast<T *>(t.data) + query_offset(t, first); };
 
     if (out.bias.data && out.bias_is_own) {
         store_bias_gradient<V>(plan, tile, first, rows, out.bias, scratch, ds);
     } else if (out.bias.data) {
-        const int64_t entries = (first.entry0 * p.axis[1].kernel + first.entry1) * kernel, query = out.bias.axis[2];
+        const int64_t entries = (first.entry0 * p.axis[1].kernel + first.entry1) * kernel;
+        const LanePlaces<V> places(plan, tile, out.bias);
+        const bool one_place = out.bias.axis[2] == 0;
         for (int64_t b = 0; b < rows; ++b) {
-            T *at = tile_of(out.bias) + (entries + b * kernel) * out.bias.channel;
+            T *row = row_of(out.bias) + (entries + b * kernel) * out.bias.channel;
             for (int slot = 0; slot < pattern.slots; ++slot) {
                 const T *g = ds + b * cell + slot * L;
-                add_slot<V>(tile, pattern.entry + slot * L, g, query == 0 ? total_of(g) : T(0), at, period * query,
+                add_slot<V>(tile, pattern.entry + slot * L, g, one_place ? total_of(g) : T(0), row, places, one_place,
                             out.bias.channel);
             }
         }
@@ -264,23 +291,25 @@ static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const Bia
     }
     // Along axis 2, all rows give to the same numbers; along the others, all slots of a row.
     if (out.axis[2].data) {
-        const int64_t query = out.axis[2].axis[2];
+        const LanePlaces<V> places(plan, tile, out.axis[2]);
+        const bool one_place = out.axis[2].axis[2] == 0;
         for (int slot = 0; slot < pattern.slots; ++slot) {
             reg sum{};
             for (int64_t b = 0; b < rows; ++b) sum += V::load(ds + b * cell + slot * L);
             alignas(64) T g[L];
             V::store(g, sum);
-            add_slot<V>(tile, pattern.entry + slot * L, g, query == 0 ? total_of(g) : T(0), tile_of(out.axis[2]),
-                        period * query, out.axis[2].channel);
+            add_slot<V>(tile, pattern.entry + slot * L, g, one_place ? total_of(g) : T(0), row_of(out.axis[2]), places,
+                        one_place, out.axis[2].channel);
         }
     }
     if (!out.axis[0].data && !out.axis[1].data) return;
     reg all{};
     const auto add_lanes = [&](const Tensor &t, int64_t entry, reg sum) {
-        T *at = tile_of(t) + entry * t.channel;
+        T *row = row_of(t) + entry * t.channel;
+        const LanePlaces<V> places(plan, tile, t);
         alignas(64) T g[L];
         V::store(g, sum);
-        for (int l = 0; l < tile.count; ++l) at[l * period * t.axis[2]] += g[l];
+        for (int l = 0; l < tile.count; ++l) row[places.at[l]] += g[l];
     };
     for (int64_t b = 0; b < rows; ++b) {
         reg sum{};

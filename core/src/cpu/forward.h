@@ -42,7 +42,7 @@ struct ForwardWorker {
         w.s = arena.take<T>(rows * w.s_row);
         w.maximum = arena.take<T>(rows * V::lanes);
         w.sum = arena.take<T>(rows * V::lanes);
-        w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
+        w.bias_scratch = take_bias_scratch<V>(w.plan, arena);
         w.pack_scratch = arena.take<T>(plan.lane_axis.joined ? w.q_row : 0);
     }
 

@@ -72,7 +72,7 @@ struct JointWorker {
         w.v_row = odd_lines(w.problem.value_channels * V::lanes, sizeof(T));
         w.grad_k = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.k_row);
         w.grad_v = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.v_row + V::lanes);
-        w.bias_scratch = take_bias_scratch<V>(w.problem, arena);
+        w.bias_scratch = take_bias_scratch<V>(w.by_query, arena);
     }
     int64_t plane_elements() const { return plan.block_rows * plan.block_rows * pair_step(); }
 
