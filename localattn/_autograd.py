@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _autocast, reference
 from ._arguments import window_keywords
 from ._differentiable import differentiable
 from ._vmap import mapped_unless_given
@@ -52,7 +52,7 @@ def _second_backward(ctx, *grad_gradients: Tensor) -> tuple[Tensor | None, ...]:
     *saved, key_mask = ctx.saved_tensors
     present = [i for i, tensor in enumerate(saved) if tensor is not None]
     first_backward = functools.partial(_first_backward, ctx.options, key_mask, ctx.needs_gradient, present)
-    with torch.autocast(saved[0].device.type, enabled=False):
+    with _autocast.switched_off(saved[0].device):
         gradients, pullback = torch.func.vjp(first_backward, *(saved[i] for i in present))
         wanted = [g for g, needed in zip(grad_gradients, ctx.needs_gradient) if needed]
         second = pullback(tuple(g for g, _ in zip(wanted, gradients)))

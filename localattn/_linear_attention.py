@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _autocast, reference
 from ._differentiable import differentiable
 from ._flops import register_flop_formula
 from ._memory_order import empty_ordered_as
@@ -39,7 +39,7 @@ def _save_backward(ctx, inputs, output) -> None:
 def _second_gradients(ctx, *grad_gradients: Tensor):
     """context and key_lse are functions of the other arguments, so what they contribute is in the others' gradients."""
     *tensors, key_mask = ctx.saved_tensors
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with _autocast.switched_off(tensors[0].device):
         gradients, pullback = torch.func.vjp(functools.partial(_first_gradients, key_mask), *tensors)
         wanted = (g if need else torch.zeros_like(x) for g, need, x in zip(grad_gradients, ctx.needed, gradients))
         second = pullback(tuple(wanted))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _autocast, reference
 from ._differentiable import differentiable
 from ._flops import register_flop_formula
 from ._memory_order import empty_ordered_as
@@ -54,7 +54,7 @@ def _second_gradients(ctx, *grad_gradients: Tensor):
         arguments = dict(zip(present, tensors))
         return _first_gradients(*(arguments.get(i) for i in range(6)), index, ctx.sizes, ctx.scale)
 
-    with torch.autocast(saved[0].device.type, enabled=False):
+    with _autocast.switched_off(saved[0].device):
         gradients, pullback = torch.func.vjp(first_gradients, *(saved[i] for i in present))
         wanted = (g if need else torch.zeros_like(x) for g, need, x in zip(grad_gradients, ctx.needed, gradients))
         second = dict(zip(present, pullback(tuple(wanted))))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _library, reference
+from . import _autocast, _library, reference
 from ._arguments import Causal, IntOrTuple, ints_per_axis, window_options
 
 if _library.load_error is None:
@@ -234,7 +234,7 @@ def routed_attention(
     _check_tensors(tensors)
     size = ints_per_axis("region_size", region_size, 2)
     kv_size = size if kv_region_size is None else ints_per_axis("kv_region_size", kv_region_size, 2)
-    query, key, value, region_weight = _autocast(query.device, query, key, value, region_weight)
+    query, key, value, region_weight = _autocast.cast(query, key, value, region_weight)
     output, lse = _routed_attention.routed_attention(
         query, key, value, region_index, size, kv_size, region_weight, scale
     )
@@ -266,7 +266,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, key_mask: Ten
     if key_mask is not None:
         tensors["key_mask"] = key_mask
     _check_tensors(tensors)
-    query, key, value = _autocast(query.device, query, key, value)
+    query, key, value = _autocast.cast(query, key, value)
     return _linear_attention.linear_attention(query, key, value, key_mask)[0]
 
 
@@ -316,8 +316,8 @@ def _native_arguments(
         raise ValueError(
             f"key has {key.shape[-2]} heads and query {query.shape[-2]}; unequal heads need enable_gqa=True"
         )
-    query, key, value, bias, rel_pos_bias, *axis_biases = _autocast(
-        query.device, query, key, value, bias, rel_pos_bias, *axis_biases
+    query, key, value, bias, rel_pos_bias, *axis_biases = _autocast.cast(
+        query, key, value, bias, rel_pos_bias, *axis_biases
     )
     return (query, key, value, *options, scale, bias, rel_pos_bias, *axis_biases, key_mask)
 
@@ -331,7 +331,7 @@ def _window_arguments(name, first, other_name, other, kernel_size, stride, dilat
         raise ValueError(
             f"{name} must be (batch, one to three spatial axes, heads, channels), got shape {tuple(first.shape)}"
         )
-    first, other = _autocast(first.device, first, other)
+    first, other = _autocast.cast(first, other)
     return first, other, window_options(rank, kernel_size, stride, dilation, is_causal, border)
 
 
@@ -345,12 +345,3 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
             raise TypeError(f"{name} must be a dense tensor (layout torch.strided), got {tensor.layout}")
         if tensor.device != first.device:
             raise RuntimeError(f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}")
-
-
-def _autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    if not torch.is_autocast_enabled(device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
-    )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _functorch
 
+from .. import _autocast
 from .._arguments import window_options
 from .._differentiable import any_tangent
 from ..ops import local_attention
@@ -118,7 +119,7 @@ class HaloAttention(torch.autograd.Function):
         return (
             all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in given)
             and {x.dtype for x in given} in ({torch.float32}, {torch.float64})
-            and not torch.is_autocast_enabled("cpu")
+            and not _autocast.is_on(torch.device("cpu"))
             and not any_tangent(given)
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import _autocast
 from ..ops import linear_attention
 from ._layout import join_heads, split_heads
 from ._pointwise import PointwiseConv2d, only_multiplies
@@ -127,7 +128,7 @@ def _sum_up(key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
 
 def _add_product(x: Tensor, matrix: Tensor, weights: Tensor) -> Tensor:
     """``x (B, C, H, W)`` plus ``matrix (B, C, D)`` times ``weights (B, D, H * W)``."""
-    if torch.is_autocast_enabled(x.device.type):  # the product's dtype is another, the sum's is x's
+    if _autocast.is_on(x.device):  # the product's dtype is another, the sum's is x's
         return (matrix @ weights).unflatten(2, x.shape[2:]) + x
     return torch.baddbmm(x.flatten(2), matrix, weights).unflatten(2, x.shape[2:])
 

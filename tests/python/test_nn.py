@@ -182,6 +182,20 @@ def test_training_reaches_every_parameter(name):
         assert parameter.grad.abs().max() > 0 or parameter_name.endswith("keys.bias"), parameter_name
 
 
+@every_module
+def test_derivatives(name):
+    """Of first and second order by input and parameters, and in forward mode."""
+    module, x = make(name, torch.float64)
+    names, parameters = zip(*module.named_parameters())
+
+    def call(x, *parameters):
+        return torch.func.functional_call(module, dict(zip(names, parameters)), (x,))
+
+    inputs = (x.requires_grad_(), *(p.detach().requires_grad_() for p in parameters))
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
@@ -518,6 +532,26 @@ def test_released_biformer_layouts(make_model, millions, stage_three):
         assert tuple(state[name].shape) == shape, name
     assert f"stages.2.{stage_three}.norm1.weight" not in state
     assert "stages.3.0.attn.qkv.bias" not in state
+
+
+@pytest.mark.parametrize("make_model", [nn.biformer_tiny, nn.biformer_small, nn.biformer_base])
+def test_released_biformer_is_exported(make_model):
+    with torch.device("meta"):
+        model = make_model().eval()
+    exported = torch.export.export(model, (torch.empty(2, 3, 224, 224, device="meta"),))
+    assert exported.graph_signature.user_outputs
+    (output,) = (node for node in exported.graph.nodes if node.op == "output")
+    assert output.args[0][0].meta["val"].shape == (2, 1000)
+    called = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert called.count(torch.ops.localattn.routed_attention.default) == sum(len(stage) for stage in model.stages)
+
+
+def test_released_biformer_is_compiled():
+    torch.manual_seed(0)
+    model, x = nn.biformer_tiny().eval(), torch.randn(1, 3, 224, 224)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x), 1e-4)
 
 
 def test_biformer_runs():

@@ -23,7 +23,9 @@ OPERATORS = {
         (IMAGE, IMAGE.flip(1), IMAGE.flip(2), random(2, 4, 4, 2, 3).sin()),
     ),
     "routed_attention": (
-        lambda q, k, v, w: localattn.routed_attention(q, k, v, REGIONS[: len(q)], 2, region_weight=w, return_lse=True),
+        lambda q, k, v, w: localattn.routed_attention(
+            q, k, v, REGIONS[: len(q)].to(q.device), 2, region_weight=w, return_lse=True
+        ),
         (IMAGE, IMAGE.flip(1), IMAGE.flip(2), random(2, 4, 2).sigmoid()),
     ),
     "linear_attention": (localattn.linear_attention, (IMAGE, IMAGE.flip(1), IMAGE.flip(2))),
@@ -54,6 +56,14 @@ def reverse_mode(function, inputs, direction):
 
 def along(gradients, direction):
     return sum((g * d).sum() for g, d in zip(gradients, direction))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_meta_tensors(name):
+    """Shapes alone, by which large models are counted and planned."""
+    function, inputs, direction = scalar(name)
+    for gradients in reverse_mode(function, *([x.to("meta") for x in tensors] for tensors in (inputs, direction))):
+        assert [(g.shape, g.device.type) for g in gradients] == [(x.shape, "meta") for x in inputs]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
