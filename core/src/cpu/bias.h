@@ -304,9 +304,9 @@ static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const Bia
     }
     if (!out.axis[0].data && !out.axis[1].data) return;
     reg all{};
-    const auto add_lanes = [&](const Tensor &t, int64_t entry, reg sum) {
+    const LanePlaces<V> places0(plan, tile, out.axis[0]), places1(plan, tile, out.axis[1]);
+    const auto add_lanes = [&](const Tensor &t, const LanePlaces<V> &places, int64_t entry, reg sum) {
         T *row = row_of(t) + entry * t.channel;
-        const LanePlaces<V> places(plan, tile, t);
         alignas(64) T g[L];
         V::store(g, sum);
         for (int l = 0; l < tile.count; ++l) row[places.at[l]] += g[l];
@@ -315,9 +315,9 @@ static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const Bia
         reg sum{};
         for (int slot = 0; slot < pattern.slots; ++slot) sum += V::load(ds + b * cell + slot * L);
         all += sum;
-        if (out.axis[1].data) add_lanes(out.axis[1], first.entry1 + b, sum);
+        if (out.axis[1].data) add_lanes(out.axis[1], places1, first.entry1 + b, sum);
     }
-    if (out.axis[0].data) add_lanes(out.axis[0], first.entry0, all);
+    if (out.axis[0].data) add_lanes(out.axis[0], places0, first.entry0, all);
 }
 
 }  // namespace localattn::cpu
