@@ -119,7 +119,7 @@ class HaloAttention(torch.autograd.Function):
         return (
             all(type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu" for x in given)
             and {x.dtype for x in given} in ({torch.float32}, {torch.float64})
-            and not _autocast.is_on(torch.device("cpu"))
+            and not _autocast.is_on(given[0].device)
             and not any_tangent(given)
         )
 

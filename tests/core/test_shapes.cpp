@@ -162,12 +162,11 @@ void add_windows(List &list) {
             c.raster_causal = true;
             list.add(name + ", raster", c);
             c.raster_causal = c.has_key_mask = false;
-            c.has_bias = c.has_rel_pos_bias = c.has_axis_bias[0] = c.has_axis_bias[1] = true;
-            list.add_borders(name + ", biases", c);
-            c.bias_broadcast = static_cast<unsigned>(dilation + width);
-            list.add_borders(name + ", shared biases", c);
-            c.bias_broadcast = 0;
-            c.has_bias = c.has_rel_pos_bias = c.has_axis_bias[0] = c.has_axis_bias[1] = false;
+            Config biased = c;
+            biased.has_bias = biased.has_rel_pos_bias = biased.has_axis_bias[0] = biased.has_axis_bias[1] = true;
+            list.add_borders(name + ", biases", biased);
+            biased.bias_broadcast = static_cast<unsigned>(dilation + width);
+            list.add_borders(name + ", shared biases", biased);
         }
     }
     const int64_t extents[][2] = {{8, 4}, {4, 8}, {7, 5}, {5, 7}, {1, 9}, {9, 1}, {12, 3}, {3, 35}, {35, 3}};
