@@ -5,8 +5,7 @@
 // lanes to their next window entry: no pair outside the window is computed.
 //
 //   scores:  s[row][entry][lane]   = sum over channels  a[row][channel][lane] * b[channel][column + entry + lane]
-//   values:  o[row][channel][lane] += sum over b rows, runs and entries  p[row][b row][run][entry][lane]
-//                                                                * v[b row][channel][run's column + entry + lane]
+//   values:  o[row][channel][lane] += sum over runs of entries  p[row][run][entry][lane] * v[run][channel][entry + lane]
 //
 // Where a lane holds words of two numbers (dot_vector.h), scores go through words of channels and values through words
 // of entries: half as many steps.
@@ -17,6 +16,8 @@
 // Work: one multiply-add a lane and inner step. Loads a step: Rows (aligned) + Columns (mostly unaligned) for
 // Rows*Columns multiply-adds, hence tiles as large as the register file: the table below.
 #pragma once
+#include <type_traits>
+
 #include "dot_vector.h"
 #include "plan.h"
 #include "stream.h"
@@ -95,90 +96,113 @@ struct TileWeights {
     }
 };
 
-// With Masked, an element of v counts as 0 in the lanes that the entry's mask leaves out, so that what those lanes must
-// not see (NaN and infinity too) cannot reach them.
-template <class V, int Rows, int Columns, bool Masked>
-__attribute__((noinline)) static void values_tile(const TileWeights<V> &p, const typename V::T *__restrict v,
-                                                  ptrdiff_t v_channel, ptrdiff_t v_row, int b_rows, const LaneRun *run,
-                                                  int runs, const typename V::Mask *mask, typename V::T *__restrict o,
-                                                  ptrdiff_t o_row) {
+// A run of entries of one row of B that rows [begin, end) of a tile weigh.
+template <class V>
+struct WeightedRun {
+    const typename V::T *p;        // weights of row `begin` for the first entry
+    const typename V::T *v;        // the first entry's elements, first channel
+    const typename V::Mask *mask;  // [entry][lane], or NULL
+    int count, begin, end;
+};
+
+// body(begin, end) with both as constants, for any 0 <= begin < end <= Rows.
+template <int Rows, int Begin = 0, int End = Rows, class Body>
+LOCALATTN_INLINE void with_constant_rows(int begin, int end, const Body &body) {
+    if (begin == Begin && end == End) {
+        body(std::integral_constant<int, Begin>{}, std::integral_constant<int, End>{});
+    } else if constexpr (End > Begin + 1) {
+        with_constant_rows<Rows, Begin, End - 1>(begin, end, body);
+    } else if constexpr (Begin + 1 < Rows) {
+        with_constant_rows<Rows, Begin + 1, Rows>(begin, end, body);
+    }
+}
+
+// The sums stay in registers from run to run, whichever of the tile's rows a run is about: as these are constants, each
+// set of rows has a loop of its own. Where a mask leaves a lane out of an entry, the element counts as 0 there, so that
+// what the lane must not see (NaN and infinity too) cannot reach it.
+template <class V, int Columns>
+__attribute__((noinline)) static void values_tile(const WeightedRun<V> *run, int runs, int rows, ptrdiff_t p_row,
+                                                  ptrdiff_t p_entry, ptrdiff_t v_offset, ptrdiff_t v_channel,
+                                                  typename V::T *__restrict o, ptrdiff_t o_row) {
     using reg = typename V::reg;
+    constexpr int Rows = max_rows(V::registers);
     reg sum[Rows][Columns];
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
-    for (int n = 0; n < Columns; ++n) sum[r][n] = V::load(o + r * o_row + n * V::lanes);
-    const ptrdiff_t p_row = p.row, p_entry = p.entry;
-    const auto add_run = [&](const LaneRun &run, const typename V::T *pp, const typename V::T *vv,
-                             const typename V::Mask *mask) __attribute__((always_inline)) {
-        const int entries = run.count, whole = entries / V::word * V::word;
-        const auto add = [&](bool masked, typename V::mask m) __attribute__((always_inline)) {
-            reg x[Rows];
-            LOCALATTN_UNROLL
-            for (int r = 0; r < Rows; ++r) {
-                x[r] = V::load(pp + r * p_row);
-                V::hold(x[r]);
-            }
-            LOCALATTN_UNROLL
-            for (int n = 0; n < Columns; ++n) {
-                reg z = V::load(vv + n * v_channel);
-                if (masked) z = V::keep(m, z);
-                V::hold(z);
+    for (int n = 0; n < Columns; ++n) sum[r][n] = r < rows ? V::load(o + r * o_row + n * V::lanes) : reg{};
+#pragma GCC unroll 1
+    for (const WeightedRun<V> *last_run = run + runs; run < last_run; ++run) {
+        with_constant_rows<Rows>(run->begin, run->end, [&](auto first, auto last) __attribute__((always_inline)) {
+            constexpr int begin = decltype(first)::value, end = decltype(last)::value;
+            const typename V::T *p = run->p, *v = run->v + v_offset;
+            const typename V::Mask *mask = run->mask;
+            const int entries = run->count, whole = entries / V::word * V::word;
+            const auto add = [&](bool masked, typename V::mask m) __attribute__((always_inline)) {
+                reg x[Rows];
                 LOCALATTN_UNROLL
-                for (int r = 0; r < Rows; ++r) sum[r][n] = V::multiply_add(sum[r][n], x[r], z);
+                for (int r = begin; r < end; ++r) {
+                    x[r] = V::load(p + (r - begin) * p_row);
+                    V::hold(x[r]);
+                }
+                LOCALATTN_UNROLL
+                for (int n = 0; n < Columns; ++n) {
+                    reg z = V::load(v + n * v_channel);
+                    if (masked) z = V::keep(m, z);
+                    V::hold(z);
+                    LOCALATTN_UNROLL
+                    for (int r = begin; r < end; ++r) sum[r][n] = V::multiply_add(sum[r][n], x[r], z);
+                }
+                p += p_entry;
+                v += V::word;
+            };
+            if (mask) {
+#pragma GCC unroll 1
+                for (int e = 0; e < entries; e += V::word) add(true, V::word_mask(mask, e, entries));
+            } else {
+#pragma GCC unroll 1
+                for (int e = 0; e < whole; e += V::word) add(false, typename V::mask{});
+                if (V::word > 1 && whole < entries) add(true, V::word_mask(nullptr, whole, entries));
             }
-            pp += p_entry;
-            vv += V::word;
-        };
-#pragma GCC unroll 1
-        for (int e = 0; e < whole; e += V::word)
-            add(Masked, Masked ? V::word_mask(mask, e, entries) : typename V::mask{});
-        if (V::word > 1 && whole < entries)
-            add(true, Masked ? V::word_mask(mask, whole, entries) : V::word_mask(nullptr, whole, entries));
-    };
-#pragma GCC unroll 1
-    for (int y = 0; y < b_rows; ++y, v += v_row)
-#pragma GCC unroll 1
-        for (int i = 0; i < runs; ++i)
-            add_run(run[i], p.of(run[i]) + y * p.b_row, v + run[i].column,
-                    Masked ? mask + run[i].slot * V::lanes : nullptr);
+        });
+    }
     // Keeps gcc from holding the addresses of all sums through the loop.
     asm("" : "+r"(o), "+r"(o_row));
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
-    for (int n = 0; n < Columns; ++n) V::store(o + r * o_row + n * V::lanes, sum[r][n]);
+    for (int n = 0; n < Columns; ++n)
+        if (r < rows) V::store(o + r * o_row + n * V::lanes, sum[r][n]);
 }
 
 // The tiles by number of rows and columns, filled at compile time.
 template <class V>
 struct Microkernels {
     using T = typename V::T;
-    using Mask = typename V::Mask;
     using Scores = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T, const int64_t *, T *,
                             ptrdiff_t, const T *, const char *, ptrdiff_t);
-    using Values = void (*)(const TileWeights<V> &, const T *, ptrdiff_t, ptrdiff_t, int, const LaneRun *, int,
-                            const Mask *, T *, ptrdiff_t);
+    using Values = void (*)(const WeightedRun<V> *, int, int, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, T *,
+                            ptrdiff_t);
     static constexpr int rows = max_rows(V::registers);
 
     struct Table {
         Scores scores[2][rows + 1][17] = {};
-        Values values[2][rows + 1][17] = {};
+        Values values[17] = {};
     };
     template <int R, int N>
-    static constexpr void fill_columns(Table &t) {
+    static constexpr void fill_scores(Table &t) {
         t.scores[0][R][N] = scores_tile<V, R, N, false>;
         t.scores[1][R][N] = scores_tile<V, R, N, true>;
-        t.values[0][R][N] = values_tile<V, R, N, false>;
-        t.values[1][R][N] = values_tile<V, R, N, true>;
-        if constexpr (N > 1) fill_columns<R, N - 1>(t);
+        if constexpr (N > 1) fill_scores<R, N - 1>(t);
+        if constexpr (R > 1 && N == max_columns(V::registers, R)) fill_scores<R - 1, max_columns(V::registers, R - 1)>(t);
     }
-    template <int R>
-    static constexpr void fill_rows(Table &t) {
-        fill_columns<R, max_columns(V::registers, R)>(t);
-        if constexpr (R > 1) fill_rows<R - 1>(t);
+    template <int N>
+    static constexpr void fill_values(Table &t) {
+        t.values[N] = values_tile<V, N>;
+        if constexpr (N > 1) fill_values<N - 1>(t);
     }
     static constexpr Table make() {
         Table t;
-        fill_rows<rows>(t);
+        fill_scores<rows, max_columns(V::registers, rows)>(t);
+        fill_values<max_columns(V::registers, rows)>(t);
         return t;
     }
     static constexpr Table table = make();
@@ -198,15 +222,13 @@ struct Microkernels {
             done += n;
         }
     }
-    // Adds what the runs' entries of b_rows rows give to all channels. mask: NULL or per slot.
-    LOCALATTN_INLINE void values(int r, const TileWeights<V> &p, const T *v, ptrdiff_t v_channel, ptrdiff_t v_row,
-                                 int b_rows, const LaneRun *run, int runs, const Mask *mask, T *o, ptrdiff_t o_row,
-                                 int channels) {
-        const TileSplit split = split_tiles(V::registers, r, channels);
+    // Adds what the runs give to all channels of `r` rows.
+    LOCALATTN_INLINE void values(const WeightedRun<V> *run, int runs, int r, ptrdiff_t p_row, ptrdiff_t p_entry,
+                                 ptrdiff_t v_channel, T *o, ptrdiff_t o_row, int channels) {
+        const TileSplit split = split_tiles(V::registers, rows, channels);
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(channels, i);
-            table.values[mask != nullptr][r][n](p, v + done * v_channel, v_channel, v_row, b_rows, run, runs, mask,
-                                                o + done * V::lanes, o_row);
+            table.values[n](run, runs, r, p_row, p_entry, done * v_channel, v_channel, o + done * V::lanes, o_row);
             done += n;
         }
     }

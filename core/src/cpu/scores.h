@@ -138,68 +138,85 @@ LOCALATTN_INLINE void round_weights(const Plan &plan, const Block &block, const 
     }
 }
 
-// o[row] += p . b over the paired rows of the chunk. Neighbouring rows of B with the same pairs go together, as many as
-// leave their weights in the L1 cache. The order of a sum does not depend on the block's other rows. `tiles` that go
-// together lie p.row and o_row apart.
+// Runs of entries on their way to the micro-kernel.
+template <class V>
+class RunList {
+public:
+    using T = typename V::T;
+    RunList(int rows, ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_channel, int channels, T *o, ptrdiff_t o_row)
+        : rows_(rows), channels_(channels), p_row_(p_row), p_entry_(p_entry), v_channel_(v_channel), o_row_(o_row),
+          o_(o) {}
+    // Registers of weights, which are read once for each few channels: from L1, or in part from L2.
+    static constexpr int budget = 49152 / (V::lanes * static_cast<int>(sizeof(T)));
+    LOCALATTN_INLINE void add(RunList &list, const WeightedRun<V> &run) {
+        const int weights = (run.end - run.begin) * run.count;
+        if (weights <= 0) return;
+        if (list.size_ == capacity || list.weights_ + weights > budget) list.flush();
+        list.run_[list.size_++] = run;
+        list.weights_ += weights;
+    }
+    void flush() {
+        if (size_ > 0)
+            Microkernels<V>::values(run_, size_, rows_, p_row_, p_entry_, v_channel_, o_, o_row_, channels_);
+        size_ = weights_ = 0;
+    }
+
+private:
+    static constexpr int capacity = 64;
+    int rows_, channels_, size_ = 0, weights_ = 0;
+    ptrdiff_t p_row_, p_entry_, v_channel_, o_row_;
+    T *o_;
+    WeightedRun<V> run_[capacity];
+};
+
+// o[row] += p . b over the paired rows of the chunk. The order of a sum does not depend on the block's other rows.
+// `tiles` that go together lie p.row and o_row apart.
 template <class V>
 LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedTensor<V> &tensor, const TileWeights<V> &p,
                                   typename V::T *o, ptrdiff_t o_row, int tiles = 1) {
-    const PackedRows<V> &rows = tensor.values;
     using Mask = typename V::Mask;
+    const PackedRows<V> &rows = tensor.values;
     const LanePattern &pattern = *tile.pattern;
     if (pattern.slots == 0) return;
-    const int64_t cell = pattern.slots * V::lanes;
     const Mask *plain_mask = pattern.masks_values ? static_cast<const Mask *>(pattern.mask) : nullptr;
     const Mask *raster_mask = static_cast<const Mask *>(pattern.raster_mask);
-    const int64_t l1 = 24576 / static_cast<int64_t>(sizeof(typename V::T));
+    const ptrdiff_t p_row = tiles > 1 ? p.row - V::lanes * p.entry : p.row;
+    RunList<V> list(tiles > 1 ? tiles : block.rows, p_row, p.entry, plan.packed, static_cast<int>(tensor.channels), o,
+                    o_row);
     for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
-        for (int64_t b = chunk.begin; b < chunk.end;) {
+        for (int64_t b = chunk.begin; b < chunk.end; ++b) {
             const PairedRows paired = paired_rows(plan, block, b0, b);
-            const bool partial = paired.partial_begin < paired.partial_end;
-            const int64_t together = most(1, l1 / (most(1, paired.end - paired.begin) * cell));
-            int64_t last = b + 1;
-            while (!partial && last < chunk.end && last - b < together && last % slots.ring1 != 0) {
-                const PairedRows next = paired_rows(plan, block, b0, last);
-                if (next.begin != paired.begin || next.end != paired.end || next.partial_begin < next.partial_end)
-                    break;
-                ++last;
-            }
+            if (paired.begin >= paired.end) continue;
             const typename V::T *packed = rows.data + slots.of(b0, b) * rows.row + tile.column;
-            if (tiles > 1 && paired.begin < paired.end) {
+            const ptrdiff_t p_offset = chunk.index(b0, b) * p.b_row;
+            if (tiles > 1) {
                 const LaneRun &run = pattern.run[0];
-                auto *weights = p.of(run) + chunk.index(b0, b) * p.b_row;
-                const ptrdiff_t step = p.row - V::lanes * p.entry;
-                each_shared(V::lanes, run.count, tiles, static_cast<int>(l1 / (tiles * V::lanes)),
+                const auto *weights = p.of(run) + p_offset;
+                each_shared(V::lanes, run.count, tiles, RunList<V>::budget / tiles,
                             [&](int first, int count, int begin, int end) __attribute__((always_inline)) {
-                                const LaneRun shared{0, count, 0, 0, run.column + first};
-                                const TileWeights<V> own{weights + begin * step + first * p.entry, step, p.b_row,
-                                                         p.entry};
-                                Microkernels<V>::values(end - begin, own, packed, plan.packed, rows.row,
-                                                        static_cast<int>(last - b), &shared, 1, nullptr,
-                                                        o + begin * o_row, o_row, static_cast<int>(tensor.channels));
+                                RunList<V>::add(list, {weights + begin * p_row + first * p.entry,
+                                                       packed + run.column + first, nullptr, count, begin, end});
                             });
-                b = last;
                 continue;
             }
             const auto weigh = [&](int begin, int end, const Mask *mask) __attribute__((always_inline)) {
-                if (begin >= end) return;
-                TileWeights<V> own = p;
-                own.data += begin * p.row + chunk.index(b0, b) * p.b_row;
-                Microkernels<V>::values(end - begin, own, packed, plan.packed, rows.row, static_cast<int>(last - b),
-                                        pattern.run, pattern.runs, mask, o + begin * o_row, o_row,
-                                        static_cast<int>(tensor.channels));
+                for (int i = 0; i < pattern.runs; ++i) {
+                    const LaneRun &run = pattern.run[i];
+                    RunList<V>::add(list, {p.of(run) + p_offset + begin * p_row, packed + run.column,
+                                           mask ? mask + run.slot * V::lanes : nullptr, run.count, begin, end});
+                }
             };
-            if (partial) {
+            if (paired.partial_begin < paired.partial_end) {
                 weigh(paired.begin, paired.partial_begin, plain_mask);
                 weigh(paired.partial_begin, paired.partial_end, raster_mask);
                 weigh(paired.partial_end, paired.end, plain_mask);
             } else {
                 weigh(paired.begin, paired.end, plain_mask);
             }
-            b = last;
         }
     }
+    list.flush();
 }
 
 // One row of scores: `lacking` where a lane does not have the slot, or its key is masked (key_mask slides with the
