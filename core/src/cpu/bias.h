@@ -241,8 +241,8 @@ LOCALATTN_INLINE void store_bias_gradient(const Plan &plan, const LaneTile &tile
         T *at = static_cast<T *>(out.data) + query_offset(out, row) +
                 (row.entry0 * p.axis[1].kernel + row.entry1) * kernel * out.channel;
         const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
-            unpack<V, T>(g + lane, static_cast<int>(s.lanes), now * kernel, V::all(T(1)), at + s.position * out.axis[2],
-                         s.step * out.axis[2], out.channel);
+            unpack<V, T, false>(g + lane, static_cast<int>(s.lanes), now * kernel, V::all(T(1)),
+                                at + s.position * out.axis[2], s.step * out.axis[2], out.channel);
         };
         plan.lane_axis.each_stretch(Side::query, tile.phase, tile.lane, tile.count, body);
     }

@@ -12,6 +12,7 @@ struct Codec {
     using T = typename V::T;
     void (*pack)(const void *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, T, T *, int64_t);
     void (*unpack)(const T *, int, int64_t, typename V::reg, void *, int64_t, int64_t);
+    decltype(unpack) unpack_past_cache;  // what is not read soon, as it would not stay in a cache
     void (*add_query_bias)(const Plan &, const LaneTile &, const BiasRow &, int64_t, T, T *, T *);
     void (*add_key_bias)(const Plan &, const LaneTile &, const BiasRow &, T, T *);
     int64_t element_size;

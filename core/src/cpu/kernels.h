@@ -12,17 +12,38 @@ namespace localattn::cpu {
 
 // Cache budgets, for cores with 1 MiB of L2 (512 KiB lose a few percent): the packed ring and the scores of a chunk.
 inline constexpr int64_t ring_bytes = 600 * 1024, forward_score_bytes = 256 * 1024, backward_score_bytes = 48 * 1024;
+// More than a core's share of the last cache on most machines.
+inline constexpr int64_t past_cache_bytes = 12 * 1024 * 1024;
 
 template <class V, class Element>
 LOCALATTN_INLINE Codec<V> make_codec() {
-    return {pack<V, Element>, unpack<V, Element>, add_query_bias<V, Element>, add_key_bias<V, Element>,
-            sizeof(Element)};
+    constexpr bool lines = V::Isa::writes_lines && std::is_same_v<Element, typename V::T>;
+    return {pack<V, Element>,           unpack<V, Element, false>, unpack<V, Element, lines>,
+            add_query_bias<V, Element>, add_key_bias<V, Element>,  sizeof(Element)};
 }
 
 // The same of a vector whose operands are words.
 template <class V>
 LOCALATTN_INLINE Codec<V> make_word_codec() {
-    return {pack_words<V>, unpack_words<V>, add_query_bias<V, bfloat16>, add_key_bias<V, bfloat16>, sizeof(bfloat16)};
+    return {pack_words<V>,
+            unpack_words<V, false>,
+            unpack_words<V, true>,
+            add_query_bias<V, bfloat16>,
+            add_key_bias<V, bfloat16>,
+            sizeof(bfloat16)};
+}
+
+// The codec for a call that goes through so many elements: where they are more than caches keep, results are written
+// past these, which halves what writing them moves.
+template <class V>
+LOCALATTN_INLINE Codec<V> codec_for(Codec<V> codec, int64_t elements) {
+    if (elements * codec.element_size > past_cache_bytes) codec.unpack = codec.unpack_past_cache;
+    return codec;
+}
+inline int64_t elements_of(const Problem &p, Pass pass) {
+    const int64_t queries = p.axis[0].queries * p.axis[1].queries * p.axis[2].queries * p.heads;
+    const int64_t keys = p.axis[0].keys * p.axis[1].keys * p.axis[2].keys * p.kv_heads;
+    return p.batch * (queries + keys) * (p.channels + p.value_channels) * (pass == Pass::backward ? 2 : 1);
 }
 
 template <class V>
@@ -78,11 +99,12 @@ static void work(void *argument, int32_t index) {
     const int64_t jobs = pass.plan->jobs;
     for (;;) {
         const int64_t group = __atomic_fetch_add(&pass.next, 1, __ATOMIC_RELAXED);
-        if (group >= pass.groups) return;
+        if (group >= pass.groups) break;
         set_bias_gradients(worker, pass.bias_groups, group, 0);
         for (int64_t j = jobs * group / pass.groups; j < jobs * (group + 1) / pass.groups; ++j)
             run_job(worker, job_of(*pass.plan, j));
     }
+    publish_lines();
 }
 
 // Runs one pass, or, without memory, measures what it needs.
@@ -183,8 +205,9 @@ LOCALATTN_INLINE size_t with_codec(Dtype dtype, const Body &body) {
 
 template <class Isa>
 static size_t run_dtype(const Problem &problem, Pass pass, const Workers &workers, void *memory) {
-    return with_codec<Isa>(problem.dtype,
-                           [&](const auto &codec) { return run_all(problem, pass, codec, workers, memory); });
+    return with_codec<Isa>(problem.dtype, [&](const auto &codec) {
+        return run_all(problem, pass, codec_for(codec, elements_of(problem, pass)), workers, memory);
+    });
 }
 
 static const char *declines_nothing(const Problem &, Pass) { return nullptr; }

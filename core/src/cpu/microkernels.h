@@ -5,7 +5,8 @@
 // lanes to their next window entry: no pair outside the window is computed.
 //
 //   scores:  s[row][entry][lane]   = sum over channels  a[row][channel][lane] * b[channel][column + entry + lane]
-//   values:  o[row][channel][lane] += sum over runs of entries  p[row][run][entry][lane] * v[run][channel][entry + lane]
+//   values:  o[row][channel][lane] += sum over runs of entries  p[row][run][entry][lane] * v[run][channel][entry +
+//   lane]
 //
 // Where a lane holds words of two numbers (dot_vector.h), scores go through words of channels and values through words
 // of entries: half as many steps.
@@ -192,7 +193,8 @@ struct Microkernels {
         t.scores[0][R][N] = scores_tile<V, R, N, false>;
         t.scores[1][R][N] = scores_tile<V, R, N, true>;
         if constexpr (N > 1) fill_scores<R, N - 1>(t);
-        if constexpr (R > 1 && N == max_columns(V::registers, R)) fill_scores<R - 1, max_columns(V::registers, R - 1)>(t);
+        if constexpr (R > 1 && N == max_columns(V::registers, R))
+            fill_scores<R - 1, max_columns(V::registers, R - 1)>(t);
     }
     template <int N>
     static constexpr void fill_values(Table &t) {

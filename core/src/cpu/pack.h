@@ -205,13 +205,49 @@ __attribute__((noinline)) static void unpack_part(const typename V::T *in, typen
     unpack_block<V, false>(in, factor, count, channels, out, position);
 }
 
-// out[x * position + c * channel] = factor[x] * in[c * lanes + x] for x in [0, count), count <= lanes.
-template <class V, class Element>
+// Whether whole registers at p and `step` elements further on are cache lines.
+template <class Element>
+LOCALATTN_INLINE bool begin_lines(const Element *p, int64_t step) {
+    return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(step) * sizeof(Element)) % 64 == 0;
+}
+// To be called by each thread that wrote lines past the caches, before others may read them.
+LOCALATTN_INLINE void publish_lines() {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+}
+
+// `count` positions of whole registers of channels, past the caches.
+template <class V>
+__attribute__((noinline)) static void unpack_lines(const typename V::T *in, typename V::reg factor, int count,
+                                                   typename V::T *out, int64_t position) {
+    typename V::reg row[V::lanes];
+    LOCALATTN_UNROLL
+    for (int l = 0; l < V::lanes; ++l) row[l] = factor * V::load(in + l * V::lanes);
+    transpose<V>(row);
+    LOCALATTN_UNROLL
+    for (int l = 0; l < V::lanes; ++l)
+        if (l < count) V::Isa::store_line(out + l * position, row[l]);
+}
+
+// out[x * position + c * channel] = factor[x] * in[c * lanes + x] for x in [0, count), count <= lanes. With PastCache
+// whole lines go past the caches.
+template <class V, class Element, bool PastCache>
 static void unpack(const typename V::T *in, int count, int64_t channels, typename V::reg factor, void *destination,
                    int64_t position, int64_t channel) {
     using T = typename V::T;
     Element *out = static_cast<Element *>(destination);
     constexpr int L = V::lanes;
+    if constexpr (PastCache) {
+        if (channel == 1 && channels % L == 0 && begin_lines(out, position)) {
+            for (int64_t c = 0; c < channels; c += L) unpack_lines<V>(in + c * L, factor, count, out + c, position);
+            return;
+        }
+        if (position == 1 && count == L && begin_lines(out, channel)) {
+            for (int64_t c = 0; c < channels; ++c) V::Isa::store_line(out + c * channel, factor * V::load(in + c * L));
+            return;
+        }
+    }
     if (channel == 1) {
         for (int64_t c = 0; c < channels; c += L) {
             const int some = static_cast<int>(channels - c < L ? channels - c : L);
@@ -232,12 +268,13 @@ static void unpack(const typename V::T *in, int count, int64_t channels, typenam
 }
 
 // The same to bfloat16 through words of channels, for vectors that have them: one transpose for twice the channels.
-template <class V>
+template <class V, bool PastCache>
 static void unpack_words(const typename V::T *in, int count, int64_t channels, typename V::reg factor,
                          void *destination, int64_t position, int64_t channel) {
     constexpr int L = V::lanes;
-    if (channel != 1) return unpack<V, bfloat16>(in, count, channels, factor, destination, position, channel);
+    if (channel != 1) return unpack<V, bfloat16, false>(in, count, channels, factor, destination, position, channel);
     bfloat16 *out = static_cast<bfloat16 *>(destination);
+    const bool lines = PastCache && begin_lines(out, position);
     for (int64_t c = 0; c < channels; c += 2 * L, in += 2 * L * L, out += 2 * L) {
         const int some = static_cast<int>(channels - c < 2 * L ? channels - c : 2 * L);
         const auto load = [&](int i) { return i < some ? factor * V::load(in + i * L) : typename V::reg{}; };
@@ -247,7 +284,12 @@ static void unpack_words(const typename V::T *in, int count, int64_t channels, t
         transpose<V>(row);
         LOCALATTN_UNROLL
         for (int l = 0; l < L; ++l)
-            if (l < count) V::Isa::store_some(out + l * position, row[l], some);
+            if (l < count) {
+                if (lines && some == 2 * L)
+                    V::Isa::store_line(out + l * position, row[l]);
+                else
+                    V::Isa::store_some(out + l * position, row[l], some);
+            }
     }
 }
 

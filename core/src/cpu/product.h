@@ -234,9 +234,10 @@ struct JobQueue {
         auto &queue = *static_cast<JobQueue *>(argument);
         for (;;) {
             const int64_t job = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED);
-            if (job >= queue.jobs) return;
+            if (job >= queue.jobs) break;
             (*queue.body)(job, queue.memory + static_cast<size_t>(worker) * queue.each);
         }
+        publish_lines();
     }
 };
 template <class Body>

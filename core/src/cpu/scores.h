@@ -144,7 +144,12 @@ class RunList {
 public:
     using T = typename V::T;
     RunList(int rows, ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_channel, int channels, T *o, ptrdiff_t o_row)
-        : rows_(rows), channels_(channels), p_row_(p_row), p_entry_(p_entry), v_channel_(v_channel), o_row_(o_row),
+        : rows_(rows),
+          channels_(channels),
+          p_row_(p_row),
+          p_entry_(p_entry),
+          v_channel_(v_channel),
+          o_row_(o_row),
           o_(o) {}
     // Registers of weights, which are read once for each few channels: from L1, or in part from L2.
     static constexpr int budget = 49152 / (V::lanes * static_cast<int>(sizeof(T)));
@@ -156,8 +161,7 @@ public:
         list.weights_ += weights;
     }
     void flush() {
-        if (size_ > 0)
-            Microkernels<V>::values(run_, size_, rows_, p_row_, p_entry_, v_channel_, o_, o_row_, channels_);
+        if (size_ > 0) Microkernels<V>::values(run_, size_, rows_, p_row_, p_entry_, v_channel_, o_, o_row_, channels_);
         size_ = weights_ = 0;
     }
 

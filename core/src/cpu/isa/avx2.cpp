@@ -10,6 +10,7 @@ struct Avx2 {
     static constexpr int register_bytes = 32, registers = 16;
     static constexpr bool scales = false;  // has fraction and scale
     static constexpr bool masks = true;
+    static constexpr bool writes_lines = false;  // a register is half a line
 
     template <class Reg>
     static inline __attribute__((always_inline)) void hold(Reg &x) {

@@ -15,6 +15,7 @@ namespace {
 struct Avx512 {
     static constexpr int register_bytes = 64, registers = 32;
     static constexpr bool scales = true, masks = true;
+    static constexpr bool writes_lines = true;  // has store_line
 
     template <class Reg>
     static inline __attribute__((always_inline)) void hold(Reg &x) {
@@ -31,6 +32,13 @@ struct Avx512 {
     }
     static inline __attribute__((always_inline)) void store_some(double *p, __m512d x, int count) {
         _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), x);
+    }
+    // To memory past the caches, which neither reads the line first nor keeps it; p begins one.
+    static inline __attribute__((always_inline)) void store_line(void *p, __m512 x) {
+        _mm512_stream_ps(static_cast<float *>(p), x);
+    }
+    static inline __attribute__((always_inline)) void store_line(void *p, __m512d x) {
+        _mm512_stream_pd(static_cast<double *>(p), x);
     }
     // x less the nearest integer; 0 for infinity.
     static inline __attribute__((always_inline)) __m512 fraction(__m512 x) {

@@ -40,7 +40,8 @@ bool takes(const Problem &problem, Pass pass) {
     return problem.dtype == Dtype::bfloat16 && !cpu::Blocked<V>::takes(problem, pass);
 }
 size_t run_bfloat16(const Problem &problem, Pass pass, const Workers &workers, void *memory) {
-    return cpu::run_windows<V>(problem, pass, cpu::make_word_codec<V>(), workers, memory);
+    const auto codec = cpu::codec_for(cpu::make_word_codec<V>(), cpu::elements_of(problem, pass));
+    return cpu::run_windows<V>(problem, pass, codec, workers, memory);
 }
 size_t workspace(const Problem &problem, Pass pass, int32_t count) {
     if (!takes(problem, pass)) return avx512_variant.workspace(problem, pass, count);

@@ -8,6 +8,7 @@ struct Portable {
     static constexpr int register_bytes = 16;
     static constexpr bool scales = false;  // has fraction and scale
     static constexpr bool masks = false;   // has load_some and store_some
+    static constexpr bool writes_lines = false;
 #if defined(__aarch64__)
     static constexpr int registers = 32;
 #else
