@@ -174,8 +174,6 @@ struct ForwardWorker {
                       score_factor<V>(problem).operand, q + (index + r) * q_row, pack_scratch);
             V::store(maximum + (index + r) * V::lanes, V::all(-T(__builtin_inf())));
             V::store(sum + (index + r) * V::lanes, reg{});
-            for (int64_t c = 0; c < problem.value_channels; ++c)
-                V::store(o + (index + r) * o_row + c * V::lanes, reg{});
         }
     }
 
@@ -194,7 +192,7 @@ struct ForwardWorker {
             }
             const TileWeights<V> weights = dense_weights<V>(*tile, s, s_row);
             round_weights<V>(plan, block, *tile, chunk, weights, weights);
-            weigh_chunk<V>(plan, block, *tile, chunk, ring.slots, ring.values, weights, o, o_row, tiles);
+            weigh_chunk<V>(plan, block, *tile, chunk, ring.slots, ring.values, weights, o, o_row, tiles, first);
         }
         for (int i = 0; i < tiles; ++i) finish(job, block, tile[i], i);
     }

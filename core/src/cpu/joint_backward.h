@@ -105,18 +105,20 @@ struct JointWorker {
     // A row of pairs to the planes, by key lane.
     void write_planes(const LaneTile &tile, int64_t lane, const T *p, const T *ds, int64_t pair) {
         const LanePattern &pattern = *tile.pattern;
-        const uint64_t beyond = static_cast<uint64_t>(plan.plane_phase - V::lanes);
+        const int64_t beyond = plan.plane_phase - V::lanes;
         for (int i = 0; i < pattern.runs; ++i) {
             const LaneRun &run = pattern.run[i];
             const int64_t plane = tile.phase * plan.offsets - run.offset - plan.lowest;
             const int64_t first = lane + run.offset;
             const int64_t at = pair * pair_step() + plane * plan.plane_columns + run.phase * plan.plane_phase + first;
-            for (int64_t j = 0; j < run.count; ++j) {
-                // Nothing reads what lies wholly outside the strip.
-                if (static_cast<uint64_t>(first + j - 1) >= beyond - 1) continue;
-                const int64_t from = (run.slot + j) * V::lanes, to = at - j * (plan.plane_columns - 1);
-                V::store(p_plane + to, V::load(p + from));
-                V::store(ds_plane + to, V::load(ds + from));
+            const ptrdiff_t back = plan.plane_columns - 1;
+            // Nothing reads what lies wholly outside the strip.
+            const int64_t begin = most(0, 1 - first), end = least(run.count, beyond - first);
+            T *p_to = p_plane + at, *ds_to = ds_plane + at;
+            for (int64_t j = begin; j < end; ++j) {
+                const int64_t from = (run.slot + j) * V::lanes;
+                V::store(p_to - j * back, V::load(p + from));
+                V::store(ds_to - j * back, V::load(ds + from));
             }
         }
     }
@@ -225,8 +227,9 @@ struct JointWorker {
         if (p.grad_key.data) body(KeyGradient{p.grad_key, w.ring.queries, w.ds_plane, factor, w.grad_k, w.k_row});
     }
 
-    // Adds what one block of queries gives to the gradients of a block of keys, from the planes.
-    void run_keys(const Job &job, const Block &block, const Chunk &queries) {
+    // Adds what one block of queries, the first or a later one, gives to the gradients of a block of keys, from the
+    // planes.
+    void run_keys(const Job &job, const Block &block, const Chunk &queries, bool first) {
         const int64_t count = key_tiles_of_strip();
         for (int64_t i = 0, together = 1; i < count; i += together) {
             const LaneTile &tile = key_tiles[i];
@@ -251,7 +254,7 @@ struct JointWorker {
                     weights = rounded;
                 }
                 weigh_chunk<V>(plan, block, tile, queries, ring.slots, g.queries, weights,
-                               g.sum + i * plan.block_rows * g.row, g.row, tiles);
+                               g.sum + i * plan.block_rows * g.row, g.row, tiles, first);
             });
         }
     }
@@ -330,12 +333,7 @@ struct JointWorker {
             T *sum = grad_q + ring.slots.of(q0, q) * grad_q_row;
             for (int64_t i = 0; begins && i < grad_q_row; i += V::lanes) V::store(sum + i, reg{});
         });
-        if (owns_keys) {
-            each_key_gradient(*this, [&](const KeyGradient &g) {
-                for (int64_t i = 0; i < key_tiles_of_strip() * plan.block_rows * g.row; i += V::lanes)
-                    V::store(g.sum + i, reg{});
-            });
-        }
+        bool first = true;
         for (int64_t q0 = queries.begin0; q0 < queries.end0; ++q0) {
             for (int64_t q = queries.begin; q < queries.end;) {
                 // In one piece in the ring, and owned as a whole or not at all.
@@ -343,10 +341,12 @@ struct JointWorker {
                 if (q < owned.queries.begin) next = least(next, owned.queries.begin);
                 if (q < owned.queries.end) next = least(next, owned.queries.end);
                 run_queries(job, {q0, q, static_cast<int>(next - q)}, chunk, owns_keys, owned.queries.has(q));
-                if (owns_keys) run_keys(job, block, {q0, q0 + 1, q, next});
+                if (owns_keys) run_keys(job, block, {q0, q0 + 1, q, next}, first);
+                first = false;
                 q = next;
             }
         }
+        if (owns_keys && first) run_keys(job, block, {row0, row0, 0, 0}, first);
         if (owns_keys) store_keys(job, block);
         each_owned(queries, owned, [&](int64_t q0, int64_t q) {
             const bool ends = by_query.axis0.query.end[q0] == row0 + 1 && last_key(q) > block.row && last_key(q) <= end;

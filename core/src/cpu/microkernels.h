@@ -118,19 +118,20 @@ LOCALATTN_INLINE void with_constant_rows(int begin, int end, const Body &body) {
     }
 }
 
-// The sums stay in registers from run to run, whichever of the tile's rows a run is about: as these are constants, each
-// set of rows has a loop of its own. Where a mask leaves a lane out of an entry, the element counts as 0 there, so that
-// what the lane must not see (NaN and infinity too) cannot reach it.
+// The sums, which begin with what o holds or, if `fresh`, with 0, stay in registers from run to run, whichever of the
+// tile's rows a run is about: as these are constants, each set of rows has a loop of its own. Where a mask leaves a
+// lane out of an entry, the element counts as 0 there, so that what the lane must not see (NaN and infinity too) cannot
+// reach it.
 template <class V, int Columns>
-__attribute__((noinline)) static void values_tile(const WeightedRun<V> *run, int runs, int rows, ptrdiff_t p_row,
-                                                  ptrdiff_t p_entry, ptrdiff_t v_offset, ptrdiff_t v_channel,
-                                                  typename V::T *__restrict o, ptrdiff_t o_row) {
+__attribute__((noinline)) static void values_tile(const WeightedRun<V> *run, int runs, int rows, bool fresh,
+                                                  ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_offset,
+                                                  ptrdiff_t v_channel, typename V::T *__restrict o, ptrdiff_t o_row) {
     using reg = typename V::reg;
     constexpr int Rows = max_rows(V::registers);
     reg sum[Rows][Columns];
     LOCALATTN_UNROLL
     for (int r = 0; r < Rows; ++r) LOCALATTN_UNROLL
-    for (int n = 0; n < Columns; ++n) sum[r][n] = r < rows ? V::load(o + r * o_row + n * V::lanes) : reg{};
+    for (int n = 0; n < Columns; ++n) sum[r][n] = r < rows && !fresh ? V::load(o + r * o_row + n * V::lanes) : reg{};
 #pragma GCC unroll 1
     for (const WeightedRun<V> *last_run = run + runs; run < last_run; ++run) {
         with_constant_rows<Rows>(run->begin, run->end, [&](auto first, auto last) __attribute__((always_inline)) {
@@ -180,7 +181,7 @@ struct Microkernels {
     using T = typename V::T;
     using Scores = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T, const int64_t *, T *,
                             ptrdiff_t, const T *, const char *, ptrdiff_t);
-    using Values = void (*)(const WeightedRun<V> *, int, int, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, T *,
+    using Values = void (*)(const WeightedRun<V> *, int, int, bool, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, T *,
                             ptrdiff_t);
     static constexpr int rows = max_rows(V::registers);
 
@@ -224,13 +225,14 @@ struct Microkernels {
             done += n;
         }
     }
-    // Adds what the runs give to all channels of `r` rows.
-    LOCALATTN_INLINE void values(const WeightedRun<V> *run, int runs, int r, ptrdiff_t p_row, ptrdiff_t p_entry,
-                                 ptrdiff_t v_channel, T *o, ptrdiff_t o_row, int channels) {
+    // Adds what the runs give to all channels of `r` rows, or, if `fresh`, sets these to it.
+    LOCALATTN_INLINE void values(const WeightedRun<V> *run, int runs, int r, bool fresh, ptrdiff_t p_row,
+                                 ptrdiff_t p_entry, ptrdiff_t v_channel, T *o, ptrdiff_t o_row, int channels) {
         const TileSplit split = split_tiles(V::registers, rows, channels);
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(channels, i);
-            table.values[n](run, runs, r, p_row, p_entry, done * v_channel, v_channel, o + done * V::lanes, o_row);
+            table.values[n](run, runs, r, fresh, p_row, p_entry, done * v_channel, v_channel, o + done * V::lanes,
+                            o_row);
             done += n;
         }
     }

@@ -138,19 +138,22 @@ LOCALATTN_INLINE void round_weights(const Plan &plan, const Block &block, const 
     }
 }
 
-// Runs of entries on their way to the micro-kernel.
+// Runs of entries on their way to the micro-kernel, which adds them to the sums of `rows` rows, the first of them to
+// zeros if these are `fresh`.
 template <class V>
 class RunList {
 public:
     using T = typename V::T;
-    RunList(int rows, ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_channel, int channels, T *o, ptrdiff_t o_row)
-        : rows_(rows),
-          channels_(channels),
-          p_row_(p_row),
-          p_entry_(p_entry),
-          v_channel_(v_channel),
-          o_row_(o_row),
-          o_(o) {}
+    struct Sums {
+        T *data;
+        ptrdiff_t row;  // from one to the next
+        int rows, channels;
+        bool fresh;
+    };
+    RunList(const Sums &sums, ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_channel)
+        : sums_(sums), p_row_(p_row), p_entry_(p_entry), v_channel_(v_channel) {
+        clear();
+    }
     // Registers of weights, which are read once for each few channels: from L1, or in part from L2.
     static constexpr int budget = 49152 / (V::lanes * static_cast<int>(sizeof(T)));
     LOCALATTN_INLINE void add(RunList &list, const WeightedRun<V> &run) {
@@ -159,35 +162,49 @@ public:
         if (list.size_ == capacity || list.weights_ + weights > budget) list.flush();
         list.run_[list.size_++] = run;
         list.weights_ += weights;
+        list.begin_ = run.begin < list.begin_ ? run.begin : list.begin_;
+        list.end_ = run.end > list.end_ ? run.end : list.end_;
     }
+    // Reads and writes the rows that the runs are about, and all that are fresh.
     void flush() {
-        if (size_ > 0) Microkernels<V>::values(run_, size_, rows_, p_row_, p_entry_, v_channel_, o_, o_row_, channels_);
-        size_ = weights_ = 0;
+        if (sums_.fresh) begin_ = 0, end_ = sums_.rows;
+        if (begin_ >= end_) return;
+        for (int i = 0; i < size_ && begin_ > 0; ++i) {
+            run_[i].begin -= begin_;
+            run_[i].end -= begin_;
+        }
+        Microkernels<V>::values(run_, size_, end_ - begin_, sums_.fresh, p_row_, p_entry_, v_channel_,
+                                sums_.data + begin_ * sums_.row, sums_.row, sums_.channels);
+        sums_.fresh = false;
+        clear();
     }
 
 private:
     static constexpr int capacity = 64;
-    int rows_, channels_, size_ = 0, weights_ = 0;
-    ptrdiff_t p_row_, p_entry_, v_channel_, o_row_;
-    T *o_;
+    void clear() {
+        size_ = weights_ = end_ = 0;
+        begin_ = sums_.rows;
+    }
+    Sums sums_;
+    ptrdiff_t p_row_, p_entry_, v_channel_;
+    int size_, weights_, begin_, end_;
     WeightedRun<V> run_[capacity];
 };
 
-// o[row] += p . b over the paired rows of the chunk. The order of a sum does not depend on the block's other rows.
-// `tiles` that go together lie p.row and o_row apart.
+// o[row] += p . b over the paired rows of the chunk, or = if `fresh`. The order of a sum does not depend on the block's
+// other rows. `tiles` that go together lie p.row and o_row apart.
 template <class V>
 LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const LaneTile &tile, const Chunk &chunk,
                                   const RingSlots &slots, const PackedTensor<V> &tensor, const TileWeights<V> &p,
-                                  typename V::T *o, ptrdiff_t o_row, int tiles = 1) {
+                                  typename V::T *o, ptrdiff_t o_row, int tiles = 1, bool fresh = false) {
     using Mask = typename V::Mask;
     const PackedRows<V> &rows = tensor.values;
     const LanePattern &pattern = *tile.pattern;
-    if (pattern.slots == 0) return;
     const Mask *plain_mask = pattern.masks_values ? static_cast<const Mask *>(pattern.mask) : nullptr;
     const Mask *raster_mask = static_cast<const Mask *>(pattern.raster_mask);
     const ptrdiff_t p_row = tiles > 1 ? p.row - V::lanes * p.entry : p.row;
-    RunList<V> list(tiles > 1 ? tiles : block.rows, p_row, p.entry, plan.packed, static_cast<int>(tensor.channels), o,
-                    o_row);
+    RunList<V> list({o, o_row, tiles > 1 ? tiles : block.rows, static_cast<int>(tensor.channels), fresh}, p_row,
+                    p.entry, plan.packed);
     for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
         for (int64_t b = chunk.begin; b < chunk.end; ++b) {
             const PairedRows paired = paired_rows(plan, block, b0, b);
