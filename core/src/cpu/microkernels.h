@@ -31,16 +31,15 @@ constexpr int max_columns(int registers, int rows) {
     const int columns = (registers - rows - 1) / rows;
     return columns > 16 ? 16 : columns;
 }
+// Of sums over keys: accumulators, one register per column for the elements and one for the weights of a row.
+constexpr int value_columns(int registers) { return (registers - 1) / (max_rows(registers) + 1); }
 
 // How `total` columns are cut into register tiles for `rows` rows: `parts` tiles whose widths differ by at most one.
 struct TileSplit {
     int parts;
     int width(int total, int part) const { return total / parts + (part < total % parts); }
 };
-LOCALATTN_INLINE TileSplit split_tiles(int registers, int rows, int total) {
-    const int widest = max_columns(registers, rows);
-    return {(total + widest - 1) / widest};
-}
+LOCALATTN_INLINE TileSplit split_tiles(int total, int widest) { return {(total + widest - 1) / widest}; }
 
 // `channels` counts words. Where operands are words, the sums are multiplied by `factor`; else the operands were.
 // Entries lie side by side, or each at a column of its own.
@@ -140,19 +139,19 @@ __attribute__((noinline)) static void values_tile(const WeightedRun<V> *run, int
             const typename V::Mask *mask = run->mask;
             const int entries = run->count, whole = entries / V::word * V::word;
             const auto add = [&](bool masked, typename V::mask m) __attribute__((always_inline)) {
-                reg x[Rows];
-                LOCALATTN_UNROLL
-                for (int r = begin; r < end; ++r) {
-                    x[r] = V::load(p + (r - begin) * p_row);
-                    V::hold(x[r]);
-                }
+                reg z[Columns];
                 LOCALATTN_UNROLL
                 for (int n = 0; n < Columns; ++n) {
-                    reg z = V::load(v + n * v_channel);
-                    if (masked) z = V::keep(m, z);
-                    V::hold(z);
+                    z[n] = V::load(v + n * v_channel);
+                    if (masked) z[n] = V::keep(m, z[n]);
+                    V::hold(z[n]);
+                }
+                LOCALATTN_UNROLL
+                for (int r = begin; r < end; ++r) {
+                    reg x = V::load(p + (r - begin) * p_row);
+                    V::hold(x);
                     LOCALATTN_UNROLL
-                    for (int r = begin; r < end; ++r) sum[r][n] = V::multiply_add(sum[r][n], x[r], z);
+                    for (int n = 0; n < Columns; ++n) sum[r][n] = V::multiply_add(sum[r][n], x, z[n]);
                 }
                 p += p_entry;
                 v += V::word;
@@ -205,7 +204,7 @@ struct Microkernels {
     static constexpr Table make() {
         Table t;
         fill_scores<rows, max_columns(V::registers, rows)>(t);
-        fill_values<max_columns(V::registers, rows)>(t);
+        fill_values<value_columns(V::registers)>(t);
         return t;
     }
     static constexpr Table table = make();
@@ -214,7 +213,7 @@ struct Microkernels {
     LOCALATTN_INLINE void scores(int r, const T *a, ptrdiff_t a_row, ptrdiff_t a_channel, const T *b,
                                  ptrdiff_t b_channel, int64_t channels, T factor, const int64_t *columns, T *s,
                                  ptrdiff_t s_row, int count, const T *next, Stream &stream) {
-        const TileSplit split = split_tiles(V::registers, r, count);
+        const TileSplit split = split_tiles(count, max_columns(V::registers, r));
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(count, i);
             const Stream::Piece piece = stream.take(channels);
@@ -228,7 +227,7 @@ struct Microkernels {
     // Adds what the runs give to all channels of `r` rows, or, if `fresh`, sets these to it.
     LOCALATTN_INLINE void values(const WeightedRun<V> *run, int runs, int r, bool fresh, ptrdiff_t p_row,
                                  ptrdiff_t p_entry, ptrdiff_t v_channel, T *o, ptrdiff_t o_row, int channels) {
-        const TileSplit split = split_tiles(V::registers, rows, channels);
+        const TileSplit split = split_tiles(channels, value_columns(V::registers));
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(channels, i);
             table.values[n](run, runs, r, fresh, p_row, p_entry, done * v_channel, v_channel, o + done * V::lanes,
