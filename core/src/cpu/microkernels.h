@@ -26,13 +26,13 @@
 namespace localattn::cpu {
 
 constexpr int max_rows(int registers) { return registers >= 32 ? 6 : 4; }
-// Accumulators, one register per row for the a operand and one for b.
+// Accumulators, a register for each row or column, whichever are fewer, and one that goes through the others.
+constexpr int registers_of(int rows, int columns) { return rows * columns + (rows < columns ? rows : columns) + 1; }
 constexpr int max_columns(int registers, int rows) {
-    const int columns = (registers - rows - 1) / rows;
-    return columns > 16 ? 16 : columns;
+    int columns = 1;
+    while (columns < 16 && registers_of(rows, columns + 1) <= registers) ++columns;
+    return columns;
 }
-// Of sums over keys: accumulators, one register per column for the elements and one for the weights of a row.
-constexpr int value_columns(int registers) { return (registers - 1) / (max_rows(registers) + 1); }
 
 // How `total` columns are cut into register tiles for `rows` rows: `parts` tiles whose widths differ by at most one.
 struct TileSplit {
@@ -57,23 +57,36 @@ __attribute__((noinline)) static void scores_tile(const typename V::T *__restric
     for (int n = 0; n < Columns; ++n) sum[r][n] = reg{};
 #pragma GCC unroll 1
     for (int64_t c = 0; c < channels; ++c) {
-        reg x[Rows];
-        LOCALATTN_UNROLL
-        for (int r = 0; r < Rows; ++r) {
-            x[r] = V::load(a + r * a_row);
-            V::hold(x[r]);
-        }
+        const auto load = [](const typename V::T *p) __attribute__((always_inline)) {
+            reg x = V::load(p);
+            V::hold(x);
+            return x;
+        };
         __builtin_prefetch(Apart ? next + column[0] : next);
         if (Apart) __builtin_prefetch(next + column[Columns - 1]);
         next += b_channel;
         __builtin_prefetch(stream, 0, 2);
         stream += stream_step;
-        LOCALATTN_UNROLL
-        for (int n = 0; n < Columns; ++n) {
-            reg y = V::load(b + (Apart ? column[n] : n));
-            V::hold(y);
+        reg held[Rows < Columns ? Rows : Columns];
+        const auto of_b = [&](int n) __attribute__((always_inline)) { return b + (Apart ? column[n] : n); };
+        if constexpr (Rows < Columns) {
             LOCALATTN_UNROLL
-            for (int r = 0; r < Rows; ++r) sum[r][n] = V::multiply_add(sum[r][n], x[r], y);
+            for (int r = 0; r < Rows; ++r) held[r] = load(a + r * a_row);
+            LOCALATTN_UNROLL
+            for (int n = 0; n < Columns; ++n) {
+                const reg y = load(of_b(n));
+                LOCALATTN_UNROLL
+                for (int r = 0; r < Rows; ++r) sum[r][n] = V::multiply_add(sum[r][n], held[r], y);
+            }
+        } else {
+            LOCALATTN_UNROLL
+            for (int n = 0; n < Columns; ++n) held[n] = load(of_b(n));
+            LOCALATTN_UNROLL
+            for (int r = 0; r < Rows; ++r) {
+                const reg x = load(a + r * a_row);
+                LOCALATTN_UNROLL
+                for (int n = 0; n < Columns; ++n) sum[r][n] = V::multiply_add(sum[r][n], x, held[n]);
+            }
         }
         a += a_channel;
         b += b_channel;
@@ -204,7 +217,7 @@ struct Microkernels {
     static constexpr Table make() {
         Table t;
         fill_scores<rows, max_columns(V::registers, rows)>(t);
-        fill_values<value_columns(V::registers)>(t);
+        fill_values<max_columns(V::registers, rows)>(t);
         return t;
     }
     static constexpr Table table = make();
@@ -227,7 +240,7 @@ struct Microkernels {
     // Adds what the runs give to all channels of `r` rows, or, if `fresh`, sets these to it.
     LOCALATTN_INLINE void values(const WeightedRun<V> *run, int runs, int r, bool fresh, ptrdiff_t p_row,
                                  ptrdiff_t p_entry, ptrdiff_t v_channel, T *o, ptrdiff_t o_row, int channels) {
-        const TileSplit split = split_tiles(channels, value_columns(V::registers));
+        const TileSplit split = split_tiles(channels, max_columns(V::registers, rows));
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(channels, i);
             table.values[n](run, runs, r, fresh, p_row, p_entry, done * v_channel, v_channel, o + done * V::lanes,
