@@ -97,40 +97,40 @@ static void add_key_bias(const Plan &plan, const LaneTile &tile, const BiasRow &
 
 // How many rows of keys the passes with queries in their lanes take at once, so that these rows' biases, transposed,
 // stay in the L1 cache; and the memory for that: [rows][entry][lane] of the bias, [entry][lane] of axis 2's,
-// [row][lane] of axis 1's, and, where phases are joined, as much as the first once more.
+// [row][lane] of axis 1's.
 LOCALATTN_INLINE int64_t bias_rows_at_once(const Problem &p) {
     return most(1, least(p.axis[1].kernel, 256 / p.axis[2].kernel));
 }
 struct BiasScratch {
-    int64_t axis2, axis1, stretch, size;  // in registers
+    int64_t axis2, axis1, size;  // in registers
 };
-LOCALATTN_INLINE BiasScratch bias_scratch_of(const Plan &plan) {
-    const int64_t rows = bias_rows_at_once(*plan.problem), kernel = plan.problem->axis[2].kernel;
-    const int64_t axis1 = rows * kernel + kernel, stretch = axis1 + rows;
-    return {rows * kernel, axis1, stretch, stretch + (plan.lane_axis.joined ? rows * kernel : 0)};
+LOCALATTN_INLINE BiasScratch bias_scratch_of(const Problem &p) {
+    const int64_t rows = bias_rows_at_once(p), kernel = p.axis[2].kernel, axis1 = rows * kernel + kernel;
+    return {rows * kernel, axis1, axis1 + rows};
 }
 template <class V>
 LOCALATTN_INLINE typename V::T *take_bias_scratch(const Plan &plan, Arena &arena) {
     if (!plan.problem->has_bias() && !plan.problem->wants_bias_gradient()) return nullptr;
-    return arena.take<typename V::T>(bias_scratch_of(plan).size * V::lanes);
+    return arena.take<typename V::T>(bias_scratch_of(*plan.problem).size * V::lanes);
+}
+
+// Of the first of the queries that are a tile's lanes.
+LOCALATTN_INLINE int64_t query_position(const Plan &plan, const LaneTile &tile) {
+    return plan.lane_axis.position(Side::query, tile.phase, tile.lane);
 }
 
 // Entries [first, first + count) of a bias of the tile's queries, as out[entry][lane].
 template <class V, class Element>
 LOCALATTN_INLINE void transpose_bias(const Plan &plan, const LaneTile &tile, const Tensor &t, const BiasRow &row,
-                                     int64_t first, int64_t count, typename V::T *out, typename V::T *scratch) {
+                                     int64_t first, int64_t count, typename V::T *out) {
     using T = typename V::T;
     const Element *data = static_cast<const Element *>(t.data) + query_offset(t, row) + first * t.channel;
     if (t.axis[2] == 0) {
         for (int64_t e = 0; e < count; ++e) V::store(out + e * V::lanes, V::all(load_as<T>(data + e * t.channel)));
         return;
     }
-    const auto body = [&](int64_t lane, const LaneAxis::Stretch &s, T *packed) {
-        const int64_t step = s.step * t.axis[2];
-        pack<V, Element>(data + s.position * t.axis[2] - lane * step, step, t.channel, lane, lane + s.lanes, V::lanes,
-                         count, T(1), packed, V::lanes);
-    };
-    pack_stretches<V>(plan, tile, count, out, scratch, body);
+    pack<V, Element>(data + query_position(plan, tile) * t.axis[2], plan.lane_axis.query_period * t.axis[2], t.channel,
+                     0, tile.count, V::lanes, count, T(1), out, V::lanes);
 }
 
 // Lanes that are queries: s[row][slot][lane] += factor * bias for consecutive rows of keys. Pairs that do not exist get
@@ -144,21 +144,18 @@ static void add_query_bias(const Plan &plan, const LaneTile &tile, const BiasRow
     const Problem &p = *plan.problem;
     const LanePattern &pattern = *tile.pattern;
     const int64_t kernel = p.axis[2].kernel, at_once = bias_rows_at_once(p);
-    const BiasScratch parts = bias_scratch_of(plan);
-    T *full = scratch, *axis2 = full + parts.axis2 * L, *axis1 = full + parts.axis1 * L,
-      *stretch = full + parts.stretch * L;
-    if (p.axis_bias[2].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[2], first, 0, kernel, axis2, stretch);
+    const BiasScratch parts = bias_scratch_of(p);
+    T *full = scratch, *axis2 = full + parts.axis2 * L, *axis1 = full + parts.axis1 * L;
+    if (p.axis_bias[2].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[2], first, 0, kernel, axis2);
     alignas(64) T axis0[L] = {};
-    if (p.axis_bias[0].data)
-        transpose_bias<V, Element>(plan, tile, p.axis_bias[0], first, first.entry0, 1, axis0, stretch);
+    if (p.axis_bias[0].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[0], first, first.entry0, 1, axis0);
     for (int64_t done = 0; done < rows; done += at_once) {
         const int64_t now = least(at_once, rows - done);
         const BiasRow row = row_after(first, done);
         if (p.bias.data)
             transpose_bias<V, Element>(plan, tile, p.bias, row, (row.entry0 * p.axis[1].kernel + row.entry1) * kernel,
-                                       now * kernel, full, stretch);
-        if (p.axis_bias[1].data)
-            transpose_bias<V, Element>(plan, tile, p.axis_bias[1], row, row.entry1, now, axis1, stretch);
+                                       now * kernel, full);
+        if (p.axis_bias[1].data) transpose_bias<V, Element>(plan, tile, p.axis_bias[1], row, row.entry1, now, axis1);
         for (int64_t b = 0; b < now; ++b, s += pattern.slots * L) {
             reg same = V::load(axis0);
             if (p.axis_bias[1].data) same += V::load(axis1 + b * L);
@@ -186,32 +183,20 @@ static void add_query_bias(const Plan &plan, const LaneTile &tile, const BiasRow
     }
 }
 
-// Where the numbers of a tile's queries lie in a row of a tensor, lane by lane.
-template <class V>
-struct LanePlaces {
-    int64_t at[V::lanes] = {};
-    LanePlaces(const Plan &plan, const LaneTile &tile, const Tensor &t) {
-        const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
-            for (int64_t l = 0; l < s.lanes; ++l) at[lane + l] = (s.position + l * s.step) * t.axis[2];
-        };
-        plan.lane_axis.each_stretch(Side::query, tile.phase, tile.lane, tile.count, body);
-    }
-};
-
-// One slot's gradients g[lane], whose sum is `total`, to row[place of the lane + entry[lane] * step].
+// One slot's gradients g[lane], whose sum is `total`, to row[lane * place + entry[lane] * step].
 template <class V>
 LOCALATTN_INLINE void add_slot(const LaneTile &tile, const int32_t *entry, const typename V::T *g, typename V::T total,
-                               typename V::T *row, const LanePlaces<V> &places, bool one_place, int64_t step) {
+                               typename V::T *row, int64_t place, int64_t step) {
     const bool uniform = tile.pattern->uniform;
-    if (one_place && (uniform || step == 0)) {
+    if (place == 0 && (uniform || step == 0)) {
         row[entry[0] * step] += total;
     } else if (uniform) {
         row += entry[0] * step;
         LOCALATTN_UNROLL
-        for (int l = 0; l < V::lanes; ++l) row[places.at[l]] += g[l];
+        for (int l = 0; l < V::lanes; ++l) row[l * place] += g[l];
     } else {
         for (int l = 0; l < tile.count; ++l)
-            if (entry[l] >= 0) row[places.at[l] + entry[l] * step] += g[l];
+            if (entry[l] >= 0) row[l * place + entry[l] * step] += g[l];
     }
 }
 
@@ -240,11 +225,8 @@ LOCALATTN_INLINE void store_bias_gradient(const Plan &plan, const LaneTile &tile
         }
         T *at = static_cast<T *>(out.data) + query_offset(out, row) +
                 (row.entry0 * p.axis[1].kernel + row.entry1) * kernel * out.channel;
-        const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
-            unpack<V, T, false>(g + lane, static_cast<int>(s.lanes), now * kernel, V::all(T(1)),
-                                at + s.position * out.axis[2], s.step * out.axis[2], out.channel);
-        };
-        plan.lane_axis.each_stretch(Side::query, tile.phase, tile.lane, tile.count, body);
+        unpack<V, T, false>(g, tile.count, now * kernel, V::all(T(1)), at + query_position(plan, tile) * out.axis[2],
+                            plan.lane_axis.query_period * out.axis[2], out.channel);
     }
 }
 
@@ -265,19 +247,21 @@ static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const Bia
         for (int l = 0; l < tile.count; ++l) total += g[l];
         return total;
     };
-    const auto row_of = [&](const Tensor &t) { return static_cast<T *>(t.data) + query_offset(t, first); };
+    const auto row_of = [&](const Tensor &t) {
+        return static_cast<T *>(t.data) + query_offset(t, first) + query_position(plan, tile) * t.axis[2];
+    };
+    const auto place_of = [&](const Tensor &t) { return plan.lane_axis.query_period * t.axis[2]; };
 
     if (out.bias.data && out.bias_is_own) {
         store_bias_gradient<V>(plan, tile, first, rows, out.bias, scratch, ds);
     } else if (out.bias.data) {
         const int64_t entries = (first.entry0 * p.axis[1].kernel + first.entry1) * kernel;
-        const LanePlaces<V> places(plan, tile, out.bias);
-        const bool one_place = out.bias.axis[2] == 0;
+        const int64_t place = place_of(out.bias);
         for (int64_t b = 0; b < rows; ++b) {
             T *row = row_of(out.bias) + (entries + b * kernel) * out.bias.channel;
             for (int slot = 0; slot < pattern.slots; ++slot) {
                 const T *g = ds + b * cell + slot * L;
-                add_slot<V>(tile, pattern.entry + slot * L, g, one_place ? total_of(g) : T(0), row, places, one_place,
+                add_slot<V>(tile, pattern.entry + slot * L, g, place == 0 ? total_of(g) : T(0), row, place,
                             out.bias.channel);
             }
         }
@@ -291,33 +275,31 @@ static void add_bias_gradients(const Plan &plan, const LaneTile &tile, const Bia
     }
     // Along axis 2, all rows give to the same numbers; along the others, all slots of a row.
     if (out.axis[2].data) {
-        const LanePlaces<V> places(plan, tile, out.axis[2]);
-        const bool one_place = out.axis[2].axis[2] == 0;
+        const int64_t place = place_of(out.axis[2]);
         for (int slot = 0; slot < pattern.slots; ++slot) {
             reg sum{};
             for (int64_t b = 0; b < rows; ++b) sum += V::load(ds + b * cell + slot * L);
             alignas(64) T g[L];
             V::store(g, sum);
-            add_slot<V>(tile, pattern.entry + slot * L, g, one_place ? total_of(g) : T(0), row_of(out.axis[2]), places,
-                        one_place, out.axis[2].channel);
+            add_slot<V>(tile, pattern.entry + slot * L, g, place == 0 ? total_of(g) : T(0), row_of(out.axis[2]), place,
+                        out.axis[2].channel);
         }
     }
     if (!out.axis[0].data && !out.axis[1].data) return;
     reg all{};
-    const LanePlaces<V> places0(plan, tile, out.axis[0]), places1(plan, tile, out.axis[1]);
-    const auto add_lanes = [&](const Tensor &t, const LanePlaces<V> &places, int64_t entry, reg sum) {
+    const auto add_lanes = [&](const Tensor &t, int64_t entry, reg sum) {
         T *row = row_of(t) + entry * t.channel;
         alignas(64) T g[L];
         V::store(g, sum);
-        for (int l = 0; l < tile.count; ++l) row[places.at[l]] += g[l];
+        for (int l = 0; l < tile.count; ++l) row[l * place_of(t)] += g[l];
     };
     for (int64_t b = 0; b < rows; ++b) {
         reg sum{};
         for (int slot = 0; slot < pattern.slots; ++slot) sum += V::load(ds + b * cell + slot * L);
         all += sum;
-        if (out.axis[1].data) add_lanes(out.axis[1], places1, first.entry1 + b, sum);
+        if (out.axis[1].data) add_lanes(out.axis[1], first.entry1 + b, sum);
     }
-    if (out.axis[0].data) add_lanes(out.axis[0], places0, first.entry0, all);
+    if (out.axis[0].data) add_lanes(out.axis[0], first.entry0, all);
 }
 
 }  // namespace localattn::cpu

@@ -24,50 +24,24 @@ LOCALATTN_INLINE char *at(const Codec<V> &codec, const Tensor &t, int64_t offset
     return static_cast<char *>(t.data) + offset * codec.element_size;
 }
 
-// Numbers of a tile's lanes as [number][lane]: pack(first lane, stretch, out) writes those of one stretch, whose lanes
-// begin there. Of joined phases all stretches but the first go through `scratch`, as large as `out`.
-template <class V, class Pack>
-LOCALATTN_INLINE void pack_stretches(const Plan &plan, const LaneTile &tile, int64_t numbers, typename V::T *out,
-                                     typename V::T *scratch, const Pack &pack) {
-    const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
-        pack(lane, s, lane == 0 ? out : scratch);
-        if (lane == 0) return;
-        typename V::mask before{};
-        for (int64_t l = 0; l < lane; ++l) before[l] = -1;
-        for (int64_t i = 0; i < numbers * V::lanes; i += V::lanes)
-            V::store(out + i, V::choose(before, V::load(out + i), V::load(scratch + i)));
-    };
-    plan.lane_axis.each_stretch(plan.a, tile.phase, tile.lane, tile.count, body);
-}
-
 // A tile of one row of A as [channel][lane], words of channels where operands are words; `row` is the row's offset in
 // the tensor.
 template <class V>
 LOCALATTN_INLINE void pack_tile(const Plan &plan, const Codec<V> &codec, const Tensor &t, int64_t row,
-                                const LaneTile &tile, int64_t channels, typename V::T factor, typename V::T *out,
-                                typename V::T *scratch) {
-    const auto pack = [&](int64_t lane, const LaneAxis::Stretch &s, typename V::T *packed) {
-        const int64_t step = s.step * t.axis[2];
-        codec.pack(at(codec, t, row + s.position * t.axis[2] - lane * step), step, t.channel, lane, lane + s.lanes,
-                   V::lanes, channels, factor, packed, V::lanes);
-    };
-    pack_stretches<V>(plan, tile, V::words(channels), out, scratch, pack);
+                                const LaneTile &tile, int64_t channels, typename V::T factor, typename V::T *out) {
+    const LaneAxis &lane = plan.lane_axis;
+    codec.pack(at(codec, t, row + lane.position(plan.a, tile.phase, tile.lane) * t.axis[2]),
+               lane.period(plan.a) * t.axis[2], t.channel, 0, tile.count, V::lanes, channels, factor, out, V::lanes);
 }
-// The other way, times factor[lane]. Reads up to a register beyond the last channel.
+// The other way, times factor[lane].
 template <class V>
 LOCALATTN_INLINE void unpack_tile(const Plan &plan, const Codec<V> &codec, const typename V::T *in, Side side,
                                   const LaneTile &tile, int64_t channels, typename V::reg factor, const Tensor &t,
                                   int64_t row) {
-    alignas(64) typename V::T factors[2 * V::lanes];
-    const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
-        if (lane > 0) {
-            V::store(factors, factor);
-            V::store(factors + V::lanes, factor);
-        }
-        codec.unpack(in + lane, static_cast<int>(s.lanes), channels, lane == 0 ? factor : V::load(factors + lane),
-                     at(codec, t, row + s.position * t.axis[2]), s.step * t.axis[2], t.channel);
-    };
-    plan.lane_axis.each_stretch(side, tile.phase, tile.lane, tile.count, body);
+    const LaneAxis &lane = plan.lane_axis;
+    codec.unpack(in, tile.count, channels, factor,
+                 at(codec, t, row + lane.position(side, tile.phase, tile.lane) * t.axis[2]),
+                 lane.period(side) * t.axis[2], t.channel);
 }
 
 }  // namespace localattn::cpu

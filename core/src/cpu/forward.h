@@ -23,7 +23,7 @@ struct ForwardWorker {
     LaneTile *tiles;
     int64_t tiles_strip = -1;
     KeyRing<V> ring;
-    T *q, *o, *s, *maximum, *sum, *bias_scratch, *pack_scratch;
+    T *q, *o, *s, *maximum, *sum, *bias_scratch;
     ptrdiff_t q_row, o_row, s_row;
     Stream stream;
 
@@ -43,7 +43,6 @@ struct ForwardWorker {
         w.maximum = arena.take<T>(rows * V::lanes);
         w.sum = arena.take<T>(rows * V::lanes);
         w.bias_scratch = take_bias_scratch<V>(w.plan, arena);
-        w.pack_scratch = arena.take<T>(plan.lane_axis.joined ? w.q_row : 0);
     }
 
     // What the micro-kernel left out: rows outside the map, biases, masks.
@@ -157,12 +156,11 @@ struct ForwardWorker {
             if (lse.data) {
                 alignas(64) T natural[V::lanes];
                 V::store(natural, (V::load(maximum + (index + r) * V::lanes) + V::log2(total)) * T(ln_2));
-                T *row = static_cast<T *>(lse.data) + row_of(lse, job, block, r);
-                const auto body = [&](int64_t lane, const LaneAxis::Stretch &s) {
-                    T *p = row + s.position * lse.axis[2];
-                    for (int64_t l = 0; l < s.lanes; ++l) p[l * lse.axis[2] * s.step] = natural[lane + l];
-                };
-                plan.lane_axis.each_stretch(Side::query, tile.phase, tile.lane, tile.count, body);
+                const LaneAxis &lane = plan.lane_axis;
+                const int64_t step = lane.query_period * lse.axis[2];
+                T *row = static_cast<T *>(lse.data) + row_of(lse, job, block, r) +
+                         lane.position(Side::query, tile.phase, tile.lane) * lse.axis[2];
+                for (int l = 0; l < tile.count; ++l) row[l * step] = natural[l];
             }
         }
     }
@@ -171,7 +169,7 @@ struct ForwardWorker {
         const Tensor &query = problem.query;
         for (int r = 0; r < block.rows; ++r) {
             pack_tile(plan, codec, query, row_of(query, job, block, r), tile, problem.channels,
-                      score_factor<V>(problem).operand, q + (index + r) * q_row, pack_scratch);
+                      score_factor<V>(problem).operand, q + (index + r) * q_row);
             V::store(maximum + (index + r) * V::lanes, V::all(-T(__builtin_inf())));
             V::store(sum + (index + r) * V::lanes, reg{});
         }

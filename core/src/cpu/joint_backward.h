@@ -71,7 +71,7 @@ struct JointWorker {
         w.k_row = odd_lines(w.problem.channels * V::lanes, sizeof(T));
         w.v_row = odd_lines(w.problem.value_channels * V::lanes, sizeof(T));
         w.grad_k = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.k_row);
-        w.grad_v = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.v_row + V::lanes);
+        w.grad_v = arena.take<T>(w.key_tiles_of_strip() * plan.block_rows * w.v_row);
         w.bias_scratch = take_bias_scratch<V>(w.by_query, arena);
     }
     int64_t plane_elements() const { return plan.block_rows * plan.block_rows * pair_step(); }
@@ -109,11 +109,12 @@ struct JointWorker {
         for (int i = 0; i < pattern.runs; ++i) {
             const LaneRun &run = pattern.run[i];
             const int64_t plane = tile.phase * plan.offsets - run.offset - plan.lowest;
-            const int64_t first = lane + run.offset;
+            const int64_t step = by_query.lane_axis.step, first = lane + run.offset * step;
             const int64_t at = pair * pair_step() + plane * plan.plane_columns + run.phase * plan.plane_phase + first;
-            const ptrdiff_t back = plan.plane_columns - 1;
+            const ptrdiff_t back = plan.plane_columns - step;
             // Nothing reads what lies wholly outside the strip.
-            const int64_t begin = most(0, 1 - first), end = least(run.count, beyond - first);
+            const int64_t begin = first >= 1 ? 0 : (step - first) / step;
+            const int64_t end = beyond <= first ? 0 : least(run.count, (beyond - first + step - 1) / step);
             T *p_to = p_plane + at, *ds_to = ds_plane + at;
             for (int64_t j = begin; j < end; ++j) {
                 const int64_t from = (run.slot + j) * V::lanes;

@@ -14,7 +14,7 @@ constexpr int64_t wished_bytes = int64_t{4} << 20, most_bytes = int64_t{6} << 20
 struct Shape {
     int64_t tiles;        // along the whole axis
     int64_t reached;      // tiles on either side that a tile pairs with
-    int64_t offsets;      // of query lanes from key lanes
+    int64_t offsets;      // of query lanes from key lanes, in steps
     int64_t block;        // rows of keys at once
     int64_t ring0, ring;  // rows of queries held, along axes 0 and 1
     int64_t wide;         // tiles of a strip
@@ -45,7 +45,7 @@ Shape shape_of(const Problem &problem, const PlanOptions &options, const LaneAxi
     Shape s;
     s.tiles = ceil_div(lane.lanes(Side::key), options.lanes);
     s.reached = ceil_div(std::max(-low, high), options.lanes);
-    s.offsets = high - low + 1;
+    s.offsets = (high - low) / lane.step + 1;
     s.block = block_rows_of(rows.longest_key_chain, options.block_rows);
     s.ring0 = span_of(problem.axis[0], Side::key, planes, 1);
     s.wide = 1;
@@ -72,15 +72,6 @@ Shape shape_of(const Problem &problem, const PlanOptions &options, const LaneAxi
     return s;
 }
 
-// With phases joined, if all their tiles fit one strip.
-Shape choose_lanes(const Problem &problem, PlanOptions &options, LaneAxis &lane) {
-    lane = make_lane_axis(problem.axis[2], options.lanes, options.joins_phases);
-    Shape s = shape_of(problem, options, lane);
-    if (!lane.joined || s.wide == s.tiles) return s;
-    options.joins_phases = false;
-    return choose_lanes(problem, options, lane);
-}
-
 // Each query at a key of its own, which it sees.
 bool shares_map(const Axis &axis) { return axis.queries == axis.keys && axis.stride == 1; }
 
@@ -96,14 +87,14 @@ bool joint_takes(const Problem &problem, PlanOptions options) {
     // Where jobs sweep planes, the ring holds no query rows but those that pair with the job's keys: all that it owns
     // must be among them.
     if (planes.kernel > 1 && planes.keys > 1 && !shares_map(problem.axis[1])) return false;
-    LaneAxis lane;
-    const Shape s = choose_lanes(problem, options, lane);
+    const LaneAxis lane = make_lane_axis(problem, options);
+    const Shape s = shape_of(problem, options, lane);
     return job_bytes(problem, options, lane, s) <= most_bytes;
 }
 
 JointPlan make_joint_plan(const Problem &problem, PlanOptions options, Arena &arena) {
-    LaneAxis lane;
-    const Shape s = choose_lanes(problem, options, lane);
+    const LaneAxis lane = make_lane_axis(problem, options);
+    const Shape s = shape_of(problem, options, lane);
     const bool whole = s.wide == s.tiles;
     options.strip_tiles = s.wide;
     options.sweep_rows = s.sweep_rows;
@@ -125,7 +116,7 @@ JointPlan make_joint_plan(const Problem &problem, PlanOptions options, Arena &ar
     plan.ring0 = s.ring0;
     plan.ring1 = s.ring;
     plan.offsets = s.offsets;
-    plan.lowest = lane.lowest_offset(Side::key);
+    plan.lowest = lane.lowest_offset(Side::key) / lane.step;
     plan.planes = lane.query_period * s.offsets;
     plan.plane_phase = (s.wide + 2) * options.lanes;
     plan.plane_columns = odd_lines(plan.plane_phase * lane.key_period, options.element);

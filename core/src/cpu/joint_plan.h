@@ -14,7 +14,7 @@ struct JointPlan : Plan {
     // Weights lie in planes, one for each phase of the queries and each offset from key lane to query lane, over the
     // key lanes of the strip and of one tile on either side, all phases.
     int64_t planes = 0;
-    int64_t offsets = 0, lowest = 0;  // planes of a phase, and the offset of the first
+    int64_t offsets = 0, lowest = 0;  // planes of a phase, and the offset of the first in steps
     int64_t plane_phase = 0;          // columns per phase
     int64_t plane_columns = 0;        // from plane to plane
     bool sees_all_keys = false;       // each key is in some query's window

@@ -142,15 +142,13 @@ static size_t run_windows(const Problem &problem, Pass pass, const Codec<V> &cod
                           void *memory) {
     const bool bias = problem.wants_bias_gradient();
     if (pass == Pass::forward) {
-        PlanOptions options = options_for<V>(Side::query, true, workers.count);
-        options.joins_phases = true;
+        const PlanOptions options = options_for<V>(Side::query, true, workers.count);
         return run_pass<V, ForwardWorker<V>>(problem, options, codec, workers, false, memory);
     }
     size_t most_bytes = 0;
     // With gradients added up over jobs, the jobs must be the same for any number of workers.
     const int32_t counted = bias ? 8 : workers.count;
-    PlanOptions joint = options_for<V>(Side::key, false, counted);
-    joint.joins_phases = true;
+    const PlanOptions joint = options_for<V>(Side::key, false, counted);
     if (joint_takes(problem, joint)) return run_pass<V, JointWorker<V>>(problem, joint, codec, workers, bias, memory);
     if (problem.grad_query.data || bias) {
         const PlanOptions options = options_for<V>(Side::query, false, counted);

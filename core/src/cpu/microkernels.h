@@ -136,8 +136,9 @@ LOCALATTN_INLINE void with_constant_rows(int begin, int end, const Body &body) {
 // reach it.
 template <class V, int Columns>
 __attribute__((noinline)) static void values_tile(const WeightedRun<V> *run, int runs, int rows, bool fresh,
-                                                  ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_offset,
-                                                  ptrdiff_t v_channel, typename V::T *__restrict o, ptrdiff_t o_row) {
+                                                  ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_entry,
+                                                  ptrdiff_t v_offset, ptrdiff_t v_channel, typename V::T *__restrict o,
+                                                  ptrdiff_t o_row) {
     using reg = typename V::reg;
     constexpr int Rows = max_rows(V::registers);
     reg sum[Rows][Columns];
@@ -167,7 +168,7 @@ __attribute__((noinline)) static void values_tile(const WeightedRun<V> *run, int
                     for (int n = 0; n < Columns; ++n) sum[r][n] = V::multiply_add(sum[r][n], x, z[n]);
                 }
                 p += p_entry;
-                v += V::word;
+                v += V::word * v_entry;
             };
             if (mask) {
 #pragma GCC unroll 1
@@ -193,8 +194,8 @@ struct Microkernels {
     using T = typename V::T;
     using Scores = void (*)(const T *, ptrdiff_t, ptrdiff_t, const T *, ptrdiff_t, int64_t, T, const int64_t *, T *,
                             ptrdiff_t, const T *, const char *, ptrdiff_t);
-    using Values = void (*)(const WeightedRun<V> *, int, int, bool, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t, T *,
-                            ptrdiff_t);
+    using Values = void (*)(const WeightedRun<V> *, int, int, bool, ptrdiff_t, ptrdiff_t, ptrdiff_t, ptrdiff_t,
+                            ptrdiff_t, T *, ptrdiff_t);
     static constexpr int rows = max_rows(V::registers);
 
     struct Table {
@@ -239,12 +240,13 @@ struct Microkernels {
     }
     // Adds what the runs give to all channels of `r` rows, or, if `fresh`, sets these to it.
     LOCALATTN_INLINE void values(const WeightedRun<V> *run, int runs, int r, bool fresh, ptrdiff_t p_row,
-                                 ptrdiff_t p_entry, ptrdiff_t v_channel, T *o, ptrdiff_t o_row, int channels) {
+                                 ptrdiff_t p_entry, ptrdiff_t v_entry, ptrdiff_t v_channel, T *o, ptrdiff_t o_row,
+                                 int channels) {
         const TileSplit split = split_tiles(channels, max_columns(V::registers, rows));
         for (int i = 0, done = 0; i < split.parts; ++i) {
             const int n = split.width(channels, i);
-            table.values[n](run, runs, r, fresh, p_row, p_entry, done * v_channel, v_channel, o + done * V::lanes,
-                            o_row);
+            table.values[n](run, runs, r, fresh, p_row, p_entry, v_entry, done * v_channel, v_channel,
+                            o + done * V::lanes, o_row);
             done += n;
         }
     }

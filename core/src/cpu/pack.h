@@ -166,15 +166,15 @@ static void pack_words(const void *source, int64_t position, int64_t channel, in
     }
 }
 
-// From words of channels to words of positions: out[c * row + x] holds positions x and x + 1. After the last channel
-// come `zeros`. `in` has a register more than its last row, which comes into no word that a window has.
+// From words of channels to words of positions: out[c * row + x] holds positions x and x + step. After the last channel
+// come `zeros`. `in` has a register and a step more than its last row, which come into no word that a window has.
 template <class V>
-static void words_of_positions(const typename V::T *in, int64_t channels, int64_t row, int64_t zeros,
+static void words_of_positions(const typename V::T *in, int64_t channels, int64_t row, int64_t step, int64_t zeros,
                                typename V::T *out) {
     for (int64_t c = 0; c < channels; c += 2, in += row, out += 2 * row) {
         const bool pair = c + 1 < channels;
         for (int64_t x = 0; x < row; x += V::lanes) {
-            const typename V::reg here = V::load(in + x), after = V::load(in + x + 1);
+            const typename V::reg here = V::load(in + x), after = V::load(in + x + step);
             V::store(out + x, V::low_halves(here, after));
             if (pair) V::store(out + row + x, V::high_halves(here, after));
         }

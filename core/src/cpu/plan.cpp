@@ -87,14 +87,16 @@ RowAxis make_row_axis(const Axis &axis, Arena &arena) {
     return rows;
 }
 
-LaneAxis make_lane_axis(const Axis &axis) {
+LaneAxis make_lane_axis(const Axis &axis, bool steps) {
     LaneAxis lane;
     lane.axis = axis;
+    if (steps && axis.kernel > 1 && axis.stride == 1 && axis.queries == axis.keys && axis.dilation < axis.keys)
+        lane.step = axis.dilation;
     const int64_t common = std::gcd(axis.queries, axis.keys);
     const int64_t p = axis.queries / common, q = axis.keys / common;
     // A period of the extent means one lane, as would any longer one, whose product might not fit.
-    const int64_t step =
-        axis.dilation * axis.stride >= axis.keys ? axis.keys : std::lcm(q, axis.dilation * axis.stride);
+    const int64_t apart = axis.dilation / lane.step * axis.stride;
+    const int64_t step = apart >= axis.keys ? axis.keys : std::lcm(q, apart);
     if (step >= axis.keys) {
         lane.key_period = axis.keys;
         lane.query_period = axis.queries;
@@ -132,37 +134,10 @@ LaneAxis make_lane_axis(const Axis &axis) {
     return lane;
 }
 
-LaneAxis make_lane_axis(const Axis &axis, int lanes, bool joins_phases) {
-    const LaneAxis phases = make_lane_axis(axis);
-    // Keys outside the map have no lane among joined ones.
-    if (!joins_phases || axis.dilation == 1 || axis.kernel == 1 || axis.stride != 1 || axis.queries != axis.keys ||
-        axis.border == Border::zero || axis.dilation >= axis.keys)
-        return phases;
-    const int64_t tiles = phases.query_period * ceil_div(phases.lanes(Side::query), lanes);
-    if (5 * ceil_div(axis.queries, lanes) > 4 * tiles) return phases;
-    LaneAxis lane;
-    lane.axis = axis;
-    lane.joined = true;
-    // No two tiles share a pattern.
-    lane.inner_begin = axis.queries;
-    lane.inner_end = 0;
-    for (int64_t i = 0; i < axis.queries; ++i) {
-        const LaneAxis::Stretch s = lane.stretch_at(Side::query, 0, i);
-        const Window w = window_of(axis, s.position);
-        const int64_t place = s.position / axis.dilation;
-        if (w.present_begin >= w.present_end) continue;
-        lane.lowest = std::min(lane.lowest, w.start + w.present_begin - place);
-        lane.highest = std::max(lane.highest, w.start + w.present_end - 1 - place);
-    }
-    return lane;
-}
-
-LaneAxis::Stretch LaneAxis::joined_stretch(Side s, int64_t lane) const {
-    // The first `longer` residue classes have a lane more than the others.
-    const int64_t classes = axis.dilation, length = extent(s) / classes, longer = extent(s) % classes;
-    const int64_t beyond = lane - longer * (length + 1), size = beyond < 0 ? length + 1 : length;
-    const int64_t g = beyond < 0 ? lane / size : longer + beyond / size, place = (beyond < 0 ? lane : beyond) % size;
-    return {size - place, g + classes * place, classes};
+LaneAxis make_lane_axis(const Problem &problem, const PlanOptions &options) {
+    // Tiles of a single row go together where they read consecutive columns.
+    const bool single = problem.axis[1].queries == 1 && problem.axis[1].keys == 1;
+    return make_lane_axis(problem.axis[2], !single || !options.groups_tiles);
 }
 
 // With A = query a pair's key is at key_period * (query lane) + r with lowest <= r <= highest; with A = key, at
@@ -174,8 +149,8 @@ int64_t LaneAxis::highest_offset(Side a) const {
     return a == Side::query ? floor_div(highest, key_period) : floor_div(key_period - 1 - lowest, key_period);
 }
 int64_t LaneAxis::most_slots(Side a) const {
-    if (a == Side::query) return (highest - lowest) / (joined ? 1 : axis.dilation) + 1;
-    return query_period * ((highest - lowest) / key_period + 1);
+    if (a == Side::query) return (highest - lowest) / axis.dilation + 1;
+    return query_period * ((highest - lowest) / (key_period * step) + 1);
 }
 
 namespace {
@@ -230,7 +205,6 @@ int block_rows_of(int64_t longest_chain, int most) {
 }
 
 Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena) {
-    const Arena before = arena;
     Plan plan;
     plan.problem = &problem;
     plan.a = options.a;
@@ -238,7 +212,7 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     plan.element = options.element;
     plan.axis0 = make_row_axis(problem.axis[0], arena);
     plan.axis1 = make_row_axis(problem.axis[1], arena);
-    plan.lane_axis = make_lane_axis(problem.axis[2], plan.lanes, options.joins_phases);
+    plan.lane_axis = make_lane_axis(problem, options);
     const LaneAxis &lane = plan.lane_axis;
     const Side a = options.a, b = a == Side::query ? Side::key : Side::query;
     plan.most_slots = lane.most_slots(a);
@@ -276,12 +250,6 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     plan.strips = ceil_div(tiles, wide);
     plan.strip_tiles = ceil_div(tiles, plan.strips);
     plan.strips = ceil_div(tiles, plan.strip_tiles);
-    if (lane.joined && plan.strips > 1) {
-        PlanOptions apart = options;
-        apart.joins_phases = false;
-        arena = before;
-        return make_plan(problem, apart, arena);
-    }
     plan.phase_stride = ceil_div(plan.strip_tiles * plan.lanes + offsets, plan.lanes) * plan.lanes;
     if (plan.strips == 1) {
         // Nothing but zeros on either side: whole registers of them before each phase are also what follows the one
@@ -409,10 +377,10 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
     pattern.column[pattern.slots] = column;
     pattern.query[pattern.slots] = a == Side::query ? tile.phase : lane.query_period * offset + b_phase;
     LaneRun *last = pattern.runs > 0 ? &pattern.run[pattern.runs - 1] : nullptr;
-    if (last && last->phase == b_phase && last->offset + last->count == offset)
+    if (last && last->phase == b_phase && last->offset + last->count == offset / lane.step)
         ++last->count;
     else
-        pattern.run[pattern.runs++] = {pattern.slots, 1, b_phase, offset, column};
+        pattern.run[pattern.runs++] = {pattern.slots, 1, b_phase, offset / lane.step, column};
     ++pattern.slots;
     pattern.masks_scores |= lacks;
     pattern.masks_values |= lacks_real;
@@ -506,10 +474,10 @@ void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
             tile.own.masks_scores = tile.own.masks_values = false;
             tile.own.alike = tile.own.uniform = true;
             int64_t from = lane.lowest_offset(a), to = lane.highest_offset(a);
-            if (i < 0) from = std::max(from, -i * plan.lanes - (plan.lanes - 1));
+            if (i < 0) from = std::max(from, ceil_div(-i * plan.lanes - (plan.lanes - 1), lane.step) * lane.step);
             if (i >= plan.strip_tiles) to = std::min(to, (plan.strip_tiles - i) * plan.lanes - 1);
             for (int64_t b_phase = 0; b_phase < lane.period(b); ++b_phase)
-                for (int64_t offset = from; offset <= to; ++offset) add_slot(plan, b_phase, offset, tile);
+                for (int64_t offset = from; offset <= to; offset += lane.step) add_slot(plan, b_phase, offset, tile);
         }
     }
 }

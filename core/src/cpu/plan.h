@@ -10,9 +10,8 @@
 //   lanes (axis 2): positions are cut into `phases`, position = period * lane + phase, with periods chosen so that from
 //     one lane to the next the window moves by exactly one lane of the other side. Then entry e of all lanes of a tile
 //     lies at consecutive packed positions of one phase of B: a `slot`. Only near borders do lanes of a tile differ
-//     (shifted or cut windows); there a slot has a mask of the lanes that it serves. Where the phases of a dilated
-//     window would leave registers half empty, they are joined: residue classes follow one another in the lanes of one
-//     phase, and the masks keep them apart.
+//     (shifted or cut windows); there a slot has a mask of the lanes that it serves. Windows that are dilated and
+//     nothing else need no phases: the next entry's slot is `step` positions on.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -67,8 +66,8 @@ enum class Side { query, key };
 struct LaneAxis {
     Axis axis;
     int64_t query_period = 1, key_period = 1;
-    bool joined = false;
-    // Bounds of (key position - key_period * query lane) over all pairs present; of (key lane - query lane) if joined.
+    int64_t step = 1;  // lanes from an entry of a window to the next
+    // Bounds of (key position - key_period * query lane) over all pairs present.
     int64_t lowest = 0, highest = 0;
     // Queries whose windows no border moves or cuts: [inner_begin, inner_end).
     int64_t inner_begin = 0, inner_end = 0;
@@ -81,37 +80,14 @@ struct LaneAxis {
     int64_t highest_offset(Side a) const;
     int64_t most_slots(Side a) const;
 
-    // Neighbouring lanes, from one on, whose positions are `step` apart.
-    struct Stretch {
-        int64_t lanes, position, step;
-    };
-    Stretch stretch_at(Side s, int64_t phase, int64_t lane) const {
-        return joined ? joined_stretch(s, lane) : Stretch{INT64_MAX, period(s) * lane + phase, period(s)};
-    }
-    Stretch joined_stretch(Side, int64_t lane) const;
-    // body(lanes before, stretch) for the stretches of lanes [lane, lane + count), which exist.
-    template <class Body>
-    void each_stretch(Side s, int64_t phase, int64_t lane, int64_t count, const Body &body) const {
-        for (int64_t done = 0; done < count;) {
-            Stretch stretch = stretch_at(s, phase, lane + done);
-            if (stretch.lanes > count - done) stretch.lanes = count - done;
-            body(done, stretch);
-            done += stretch.lanes;
-        }
-    }
-    // -1 for a lane that has none, if joined.
-    int64_t position(Side s, int64_t phase, int64_t lane) const {
-        return joined && (lane < 0 || lane >= extent(s)) ? -1 : stretch_at(s, phase, lane).position;
-    }
+    int64_t position(Side s, int64_t phase, int64_t lane) const { return period(s) * lane + phase; }
 };
-LaneAxis make_lane_axis(const Axis &);
-// The same with joined phases, if that fills registers better and the window rule allows it.
-LaneAxis make_lane_axis(const Axis &, int lanes, bool joins_phases);
+LaneAxis make_lane_axis(const Axis &, bool steps = false);
 
-// Slots at consecutive packed positions.
+// Slots at packed positions one step apart.
 struct LaneRun {
     int32_t slot, count;
-    int64_t phase, offset;  // of B, and B lane - A lane, of the first slot
+    int64_t phase, offset;  // of B, and B lane - A lane in steps, of the first slot
     int64_t column;         // of the first slot, as below
 };
 
@@ -191,10 +167,10 @@ struct PlanOptions {
     int64_t strip_tiles = 0;             // 0: as wide as the ring allows
     int64_t halo_tiles = 0;
     bool groups_tiles = false;  // tiles of a single row may go together
-    bool joins_phases = false;  // where that fills registers, and one strip is all
     int64_t sweep_rows = 1;     // rows of A per job where jobs sweep axis 0, if a block has fewer
     int64_t margin = 0;         // lanes of B packed on either side of the strip, if its tiles do not need more
 };
+LaneAxis make_lane_axis(const Problem &, const PlanOptions &);
 Plan make_plan(const Problem &, const PlanOptions &, Arena &);
 Job job_of(const Plan &, int64_t index);
 

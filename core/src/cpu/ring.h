@@ -127,7 +127,7 @@ LOCALATTN_INLINE PackedRows<V> take_rows(const Plan &plan, int64_t channels, Are
     using T = typename V::T;
     const ptrdiff_t row = channels * plan.packed;
     const int64_t rows = one ? 1 : plan.ring0 * plan.ring1;
-    return {arena.take<T>(rows * row + most(plan.lead, V::lanes)), one ? 0 : row};
+    return {arena.take<T>(rows * row + most(plan.lead, V::lanes + plan.lane_axis.step)), one ? 0 : row};
 }
 
 // One tensor's rows in the ring, for both contractions: the same, unless operands are words.
@@ -175,17 +175,7 @@ LOCALATTN_INLINE void pack_row(const Plan &plan, const Codec<V> &codec, const Te
     const LaneAxis &lane = plan.lane_axis;
     const Side b = plan.a == Side::query ? Side::key : Side::query;
     const int64_t period = lane.period(b), first = first_packed_lane(plan, strip);
-    if (lane.joined) {
-        // Each phase begins where the one before ends, over the zeros that follow it.
-        lane.each_stretch(b, 0, 0, lane.extent(b), [&](int64_t done, const LaneAxis::Stretch &s) {
-            const int64_t before = done == 0 ? -first : 0, column = done - first - before;
-            const int64_t end = done + s.lanes < lane.extent(b) ? before + s.lanes : plan.packed - column;
-            const int64_t step = tensor.axis[2] * s.step, columns = ceil_div(end, V::lanes) * V::lanes;
-            codec.pack(at(codec, tensor, offset + s.position * tensor.axis[2] - before * step), step, tensor.channel,
-                       before, before + s.lanes, columns, channels, factor, out + column, plan.packed);
-        });
-    }
-    for (int64_t phase = 0; phase < period && !lane.joined; ++phase) {
+    for (int64_t phase = 0; phase < period; ++phase) {
         const int64_t from = most(0, -first);
         const int64_t exist = (lane.extent(b) - phase + period - 1) / period;
         const int64_t to = least(plan.phase_stride, exist - first);
@@ -255,8 +245,8 @@ LOCALATTN_INLINE void pack_tensor(const Plan &plan, const Codec<V> &codec, const
     if (key_mask) clear_masked<V>(plan, key_mask, V::words(packed.channels), row);
     if constexpr (V::word > 1)
         if (packed.values.data)
-            words_of_positions<V>(row, packed.channels, plan.packed, plan.strips == 1 ? plan.lead : 0,
-                                  packed.values.data + slot * packed.values.row);
+            words_of_positions<V>(row, packed.channels, plan.packed, plan.lane_axis.step,
+                                  plan.strips == 1 ? plan.lead : 0, packed.values.data + slot * packed.values.row);
 }
 
 // What scores multiply by: operands as they are packed, or, where those are words, sums.

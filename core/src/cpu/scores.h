@@ -50,7 +50,7 @@ LOCALATTN_INLINE TileWeights<V> dense_weights(const LaneTile &tile, typename V::
 LOCALATTN_INLINE int tiles_together(const Plan &plan, const LaneTile *tile, int64_t left) {
     const LanePattern *pattern = tile->pattern;
     int n = 1;
-    if (pattern->runs != 1 || pattern->masks_values) return n;
+    if (pattern->runs != 1 || plan.lane_axis.step != 1 || pattern->masks_values) return n;
     while (n < plan.tiles_at_once && n < left && tile[n].pattern == pattern) ++n;
     return n;
 }
@@ -103,7 +103,7 @@ LOCALATTN_INLINE void score_chunk(const Plan &plan, const Block &block, const La
                             });
                 continue;
             }
-            const bool apart = pattern.runs > 1;
+            const bool apart = pattern.runs > 1 || plan.lane_axis.step > 1;
             const int64_t first = apart ? 0 : pattern.run[0].column;
             Microkernels<V>::scores(paired.end - paired.begin, a.data + paired.begin * a.row, a.row, a.channel,
                                     packed + first, plan.packed, V::words(tensor.channels), factor,
@@ -150,8 +150,8 @@ public:
         int rows, channels;
         bool fresh;
     };
-    RunList(const Sums &sums, ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_channel)
-        : sums_(sums), p_row_(p_row), p_entry_(p_entry), v_channel_(v_channel) {
+    RunList(const Sums &sums, ptrdiff_t p_row, ptrdiff_t p_entry, ptrdiff_t v_entry, ptrdiff_t v_channel)
+        : sums_(sums), p_row_(p_row), p_entry_(p_entry), v_entry_(v_entry), v_channel_(v_channel) {
         clear();
     }
     // Registers of weights, which are read once for each few channels: from L1, or in part from L2.
@@ -173,7 +173,7 @@ public:
             run_[i].begin -= begin_;
             run_[i].end -= begin_;
         }
-        Microkernels<V>::values(run_, size_, end_ - begin_, sums_.fresh, p_row_, p_entry_, v_channel_,
+        Microkernels<V>::values(run_, size_, end_ - begin_, sums_.fresh, p_row_, p_entry_, v_entry_, v_channel_,
                                 sums_.data + begin_ * sums_.row, sums_.row, sums_.channels);
         sums_.fresh = false;
         clear();
@@ -186,7 +186,7 @@ private:
         begin_ = sums_.rows;
     }
     Sums sums_;
-    ptrdiff_t p_row_, p_entry_, v_channel_;
+    ptrdiff_t p_row_, p_entry_, v_entry_, v_channel_;
     int size_, weights_, begin_, end_;
     WeightedRun<V> run_[capacity];
 };
@@ -204,7 +204,7 @@ LOCALATTN_INLINE void weigh_chunk(const Plan &plan, const Block &block, const La
     const Mask *raster_mask = static_cast<const Mask *>(pattern.raster_mask);
     const ptrdiff_t p_row = tiles > 1 ? p.row - V::lanes * p.entry : p.row;
     RunList<V> list({o, o_row, tiles > 1 ? tiles : block.rows, static_cast<int>(tensor.channels), fresh}, p_row,
-                    p.entry, plan.packed);
+                    p.entry, plan.lane_axis.step, plan.packed);
     for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
         for (int64_t b = chunk.begin; b < chunk.end; ++b) {
             const PairedRows paired = paired_rows(plan, block, b0, b);
