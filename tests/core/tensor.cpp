@@ -123,8 +123,11 @@ Memory::Memory(Random &random, Element element, const Shape &shape, unsigned bro
     // Inputs lie alone in their memory, so that AddressSanitizer sees any access outside; results lie between guards.
     const int64_t guard = result ? 64 : 0, shift = plain ? 0 : pick(random, 0, 20);
     const int64_t size = size_of(element), count = Dense::count(this->shape) == 0 ? 0 : high - low + 1;
-    bytes_.resize(static_cast<size_t>((guard + shift + count + guard) * size));
+    const int64_t line = 64;
+    bytes_.resize(static_cast<size_t>((guard + shift + count + guard) * size + (result ? line : 0)));
     base_ = (guard + shift - low) * size;
+    // Most results begin a cache line, as what an allocator of tensors returns does.
+    if (result && (plain || chance(random, 70))) base_ += line - 1 - (reinterpret_cast<intptr_t>(bytes_.data()) + base_ + line - 1) % line;
     covered_.resize(bytes_.size());
     each([&](int64_t byte) { std::fill_n(covered_.begin() + byte, size, true); });
 }
