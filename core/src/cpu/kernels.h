@@ -13,7 +13,7 @@ namespace localattn::cpu {
 // Cache budgets, for cores with 1 MiB of L2 (512 KiB lose a few percent): the packed ring and the scores of a chunk.
 inline constexpr int64_t ring_bytes = 600 * 1024, forward_score_bytes = 256 * 1024, backward_score_bytes = 48 * 1024;
 // More than a core's share of the last cache on most machines.
-inline constexpr int64_t past_cache_bytes = 12 * 1024 * 1024;
+inline constexpr double past_cache_bytes = 12 * 1024 * 1024;
 
 template <class V, class Element>
 LOCALATTN_INLINE Codec<V> make_codec() {
@@ -36,14 +36,19 @@ LOCALATTN_INLINE Codec<V> make_word_codec() {
 // The codec for a call that goes through so many elements: where they are more than caches keep, results are written
 // past these, which halves what writing them moves.
 template <class V>
-LOCALATTN_INLINE Codec<V> codec_for(Codec<V> codec, int64_t elements) {
-    if (elements * codec.element_size > past_cache_bytes) codec.unpack = codec.unpack_past_cache;
+LOCALATTN_INLINE Codec<V> codec_for(Codec<V> codec, double elements) {
+    if (elements * static_cast<double>(codec.element_size) > past_cache_bytes) codec.unpack = codec.unpack_past_cache;
     return codec;
 }
-inline int64_t elements_of(const Problem &p, Pass pass) {
-    const int64_t queries = p.axis[0].queries * p.axis[1].queries * p.axis[2].queries * p.heads;
-    const int64_t keys = p.axis[0].keys * p.axis[1].keys * p.axis[2].keys * p.kv_heads;
-    return p.batch * (queries + keys) * (p.channels + p.value_channels) * (pass == Pass::backward ? 2 : 1);
+inline double elements_of(const Problem &p, Pass pass) {
+    double queries = 1, keys = 1;
+    for (const Axis &axis : p.axis) {
+        queries *= static_cast<double>(axis.queries);
+        keys *= static_cast<double>(axis.keys);
+    }
+    const double vectors = queries * static_cast<double>(p.heads) + keys * static_cast<double>(p.kv_heads);
+    const double channels = static_cast<double>(p.channels) + static_cast<double>(p.value_channels);
+    return static_cast<double>(p.batch) * vectors * channels * (pass == Pass::backward ? 2 : 1);
 }
 
 template <class V>

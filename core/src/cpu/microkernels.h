@@ -5,8 +5,8 @@
 // lanes to their next window entry: no pair outside the window is computed.
 //
 //   scores:  s[row][entry][lane]   = sum over channels  a[row][channel][lane] * b[channel][column + entry + lane]
-//   values:  o[row][channel][lane] += sum over runs of entries  p[row][run][entry][lane] * v[run][channel][entry +
-//   lane]
+//   values:  o[row][channel][lane] += sum over runs and entries  p[row][run][entry][lane]
+//                                                              * v[run][channel][entry + lane]
 //
 // Where a lane holds words of two numbers (dot_vector.h), scores go through words of channels and values through words
 // of entries: half as many steps.
@@ -34,7 +34,7 @@ constexpr int max_columns(int registers, int rows) {
     return columns;
 }
 
-// How `total` columns are cut into register tiles for `rows` rows: `parts` tiles whose widths differ by at most one.
+// How `total` columns are cut into register tiles: `parts` tiles whose widths differ by at most one.
 struct TileSplit {
     int parts;
     int width(int total, int part) const { return total / parts + (part < total % parts); }

@@ -246,7 +246,11 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
         return span0 * span1 * channels * packed_positions(strip_tiles) * plan.element;
     };
     int64_t wide = std::max<int64_t>(1, options.strip_tiles);
-    while (options.strip_tiles == 0 && wide < tiles && ring_bytes(wide + 1) <= options.ring_bytes) ++wide;
+    // What a strip shares with the next ones is packed for each of them: a wider ring costs less than more of that.
+    const auto budget = [&](int64_t strip_tiles) {
+        return strip_tiles * plan.lanes <= offsets ? options.ring_bytes * 5 / 2 : options.ring_bytes;
+    };
+    while (options.strip_tiles == 0 && wide < tiles && ring_bytes(wide + 1) <= budget(wide)) ++wide;
     plan.strips = ceil_div(tiles, wide);
     plan.strip_tiles = ceil_div(tiles, plan.strips);
     plan.strips = ceil_div(tiles, plan.strip_tiles);
