@@ -126,9 +126,8 @@ Memory::Memory(Random &random, Element element, const Shape &shape, unsigned bro
     const int64_t line = 64;
     bytes_.resize(static_cast<size_t>((guard + shift + count + guard) * size + (result ? line : 0)));
     base_ = (guard + shift - low) * size;
-    // Most results begin a cache line, as what an allocator of tensors returns does.
-    if (result && (plain || chance(random, 70)))
-        base_ += line - 1 - (reinterpret_cast<intptr_t>(bytes_.data()) + base_ + line - 1) % line;
+    // Most results begin a cache line.
+    if (result && (plain || chance(random, 70))) base_ = (base_ + line - 1) / line * line;
     covered_.resize(bytes_.size());
     each([&](int64_t byte) { std::fill_n(covered_.begin() + byte, size, true); });
 }
