@@ -123,24 +123,27 @@ void add_wide(List &list) {
 
 // More than caches keep, so that results go past them, as whole lines where they can.
 void add_large(List &list) {
+    Config c = image(50, 128, 1, 3);
+    set_channels(c, 128, 128);
+    c.plain_layout = true;
     for (const localattn_dtype dtype : {LOCALATTN_FLOAT32, LOCALATTN_FLOAT64, LOCALATTN_BFLOAT16}) {
-        Config c = image(100, 123, 1, 3);
         c.dtype = dtype;
-        c.plain_layout = true;
-        set_channels(c, 128, 128);
         list.all.push_back({"large", c});
-        c.heads = c.kv_heads = 2;
-        set_channels(c, 64, 72);
-        list.all.push_back({"large, two heads", c});
-        c.plain_layout = false;
-        c.query_extent[1] = c.key_extent[1] = 128;
-        for (c.seed = 2; c.seed < 7; ++c.seed) list.all.push_back({"large, any layout", c});
     }
+    c.heads = c.kv_heads = 2;
+    set_channels(c, 64, 72);
+    list.all.push_back({"large, two heads", c});
+    c.dtype = LOCALATTN_FLOAT32;
+    c.query_extent[1] = c.key_extent[1] = 123;
+    list.all.push_back({"large, two heads", c});
+    c.query_extent[1] = c.key_extent[1] = 128;
+    c.plain_layout = false;
+    for (c.seed = 2; c.seed < 7; ++c.seed) list.all.push_back({"large, any layout", c});
     // Blocks of queries that share a window.
-    Config c = image(96, 128, 4, 4);
+    c = image(56, 128, 4, 4);
     c.plain_layout = true;
     c.stride[0] = c.stride[1] = 4;
-    set_channels(c, 64, 64);
+    set_channels(c, 112, 112);
     list.all.push_back({"large, blocks", c});
 }
 
