@@ -170,7 +170,7 @@ void add_windows(List &list) {
         c.dilation[1] = dilation;
         list.add_borders("dilation " + std::to_string(dilation), c);
     }
-    // Several residue classes in a register, beginning and ending within it.
+    // Dilated windows on narrow maps: the lanes of a register belong to several residue classes.
     for (const int64_t width : {22, 37, 64, 83}) {
         c = image(4, width, 3, 5);
         set_channels(c, 19, 9);

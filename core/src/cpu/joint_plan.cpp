@@ -77,7 +77,7 @@ bool shares_map(const Axis &axis) { return axis.queries == axis.keys && axis.str
 
 }  // namespace
 
-bool joint_takes(const Problem &problem, PlanOptions options) {
+bool joint_takes(const Problem &problem, const PlanOptions &options) {
     if (problem.heads != problem.kv_heads) return false;
     for (const Axis &axis : problem.axis)
         if (axis.queries == 0 || axis.keys == 0) return false;

@@ -21,7 +21,7 @@ struct JointPlan : Plan {
 };
 
 // Whether keys belong to one head of queries, and a job's memory stays small.
-bool joint_takes(const Problem &, PlanOptions);
+bool joint_takes(const Problem &, const PlanOptions &);
 // `a` is set here.
 JointPlan make_joint_plan(const Problem &, PlanOptions, Arena &);
 

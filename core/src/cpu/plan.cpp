@@ -87,7 +87,8 @@ RowAxis make_row_axis(const Axis &axis, Arena &arena) {
     return rows;
 }
 
-LaneAxis make_lane_axis(const Axis &axis, bool steps) {
+// With dilation as phases or, if `steps` and nothing else needs phases, as steps.
+static LaneAxis make_lane_axis(const Axis &axis, bool steps) {
     LaneAxis lane;
     lane.axis = axis;
     if (steps && axis.kernel > 1 && axis.stride == 1 && axis.queries == axis.keys && axis.dilation < axis.keys)

@@ -82,8 +82,6 @@ struct LaneAxis {
 
     int64_t position(Side s, int64_t phase, int64_t lane) const { return period(s) * lane + phase; }
 };
-// With dilation as phases or, if `steps` and nothing else needs phases, as steps.
-LaneAxis make_lane_axis(const Axis &, bool steps);
 
 // Slots at packed positions one step apart.
 struct LaneRun {
