@@ -109,33 +109,25 @@ struct QueryPassWorker {
         w.bias_scratch = take_bias_scratch<V>(w.plan, arena);
     }
 
-    int64_t offset(const Tensor &t, const Job &job, const Block &block, int r, const LaneTile &tile) const {
-        return job.batch * t.batch + job.head * t.head + plan.axis0.query.position[block.row0] * t.axis[0] +
-               plan.axis1.query.position[block.row + r] * t.axis[1] +
-               (tile.phase + plan.lane_axis.query_period * tile.lane) * t.axis[2];
-    }
-    void pack_tile(const Tensor &t, int64_t at_offset, int count, int64_t channels, T factor, T *out) const {
-        codec.pack(at(codec, t, at_offset), t.axis[2] * plan.lane_axis.query_period, t.channel, 0, count, V::lanes,
-                   channels, factor, out, V::lanes);
-    }
-
     void load_queries(const Job &job, const Block &block, const LaneTile &tile) {
-        const int64_t period = plan.lane_axis.query_period;
         for (int r = 0; r < block.rows; ++r) {
-            const auto where = [&](const Tensor &t) { return offset(t, job, block, r, tile); };
+            const auto pack = [&](const Tensor &t, int64_t channels, T factor, T *out) {
+                pack_tile(plan, codec, t, row_of(plan, t, job, block, r), tile, channels, factor, out);
+            };
+            const auto numbers = [&](const Tensor &t, T rest) {
+                return gather<V>(static_cast<const T *>(t.data) + row_of(plan, t, job, block, r) +
+                                     lane_offset(plan, t, Side::query, tile),
+                                 lane_step(plan, t, Side::query), tile.count, rest);
+            };
             T *go = grad_o + r * o_row;
-            pack_tile(problem.query, where(problem.query), tile.count, problem.channels,
-                      score_factor<V>(problem).operand, q + r * q_row);
-            pack_tile(problem.grad_output, where(problem.grad_output), tile.count, problem.value_channels, T(1), go);
-            pack_tile(problem.output, where(problem.output), tile.count, problem.value_channels, T(1), o);
+            pack(problem.query, problem.channels, score_factor<V>(problem).operand, q + r * q_row);
+            pack(problem.grad_output, problem.value_channels, T(1), go);
+            pack(problem.output, problem.value_channels, T(1), o);
             reg sum{};
             for (int64_t c = 0; c < V::words(problem.value_channels) * V::lanes; c += V::lanes)
                 sum = V::multiply_add(sum, V::load(go + c), V::load(o + c));
-            const Tensor &l = problem.lse, &gl = problem.grad_lse;
-            if (gl.data)
-                sum -= gather<V>(static_cast<const T *>(gl.data) + where(gl), gl.axis[2] * period, tile.count, T(0));
-            const reg natural = gather<V>(static_cast<const T *>(l.data) + where(l), l.axis[2] * period, tile.count,
-                                          -T(__builtin_inf()));
+            if (problem.grad_lse.data) sum -= numbers(problem.grad_lse, T(0));
+            const reg natural = numbers(problem.lse, -T(__builtin_inf()));
             store_statistics<V>(natural * T(log2_e), sum, lse + r * V::lanes, delta + r * V::lanes);
             for (int64_t c = 0; c < problem.channels; ++c) V::store(grad_q + r * q_row + c * V::lanes, reg{});
         }
@@ -165,9 +157,8 @@ struct QueryPassWorker {
         const Tensor &g = problem.grad_query;
         if (!g.data) return;
         for (int r = 0; r < block.rows; ++r)
-            codec.unpack(grad_q + r * q_row, tile.count, problem.channels, V::all(T(problem.scale)),
-                         at(codec, g, offset(g, job, block, r, tile)), g.axis[2] * plan.lane_axis.query_period,
-                         g.channel);
+            unpack_tile(plan, codec, grad_q + r * q_row, Side::query, tile, problem.channels, V::all(T(problem.scale)),
+                        g, row_of(plan, g, job, block, r));
     }
 
     void announce(const Job &job, const Block &block, const Chunk &all, int64_t end) {
@@ -212,15 +203,14 @@ struct QueryRing {
     void pack(const Plan &plan, const Codec<V> &codec, int64_t batch, int64_t head, int64_t strip, const Chunk &chunk,
               T factor) const {
         const Problem &problem = *plan.problem;
-        const RowList &rows0 = plan.axis0.query, &rows1 = plan.axis1.query;
+        const int64_t rows1 = plan.axis1.query.count;
         const int64_t columns = plan.phase_stride * plan.lane_axis.query_period;
         for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
             for (int64_t b = chunk.begin; b < chunk.end; ++b) {
-                if (!slots.claims(b0, b, rows1.count)) continue;
+                if (!slots.claims(b0, b, rows1)) continue;
                 const int64_t slot = slots.of(b0, b);
                 const auto offset = [&](const Tensor &t) {
-                    return batch * t.batch + head * t.head + rows0.position[b0] * t.axis[0] +
-                           rows1.position[b] * t.axis[1];
+                    return row_offset(plan, t, batch, head, Side::query, b0, b);
                 };
                 const T *go = grad_outputs.scores.data + slot * grad_outputs.scores.row;
                 T *l = lse + slot * plan.packed, *d = delta + slot * plan.packed;
@@ -293,25 +283,18 @@ struct KeyPassWorker {
         w.key_mask = arena.take<Mask>(plan.block_rows * V::lanes);
     }
 
-    int64_t offset(const Tensor &t, const Job &job, const Block &block, int r, const LaneTile &tile) const {
-        return job.batch * t.batch + job.head * t.head + plan.axis0.key.position[block.row0] * t.axis[0] +
-               plan.axis1.key.position[block.row + r] * t.axis[1] +
-               (tile.phase + plan.lane_axis.key_period * tile.lane) * t.axis[2];
-    }
-
     void load_keys(const Job &job, const Block &block, const LaneTile &tile) {
-        const int64_t period = plan.lane_axis.key_period;
-        const auto pack_tile = [&](const Tensor &t, int r, int64_t channels, T factor, T *out) {
-            codec.pack(at(codec, t, offset(t, job, block, r, tile)), t.axis[2] * period, t.channel, 0, tile.count,
-                       V::lanes, channels, factor, out, V::lanes);
-        };
         for (int r = 0; r < block.rows; ++r) {
-            pack_tile(problem.key, r, problem.channels, score_factor<V>(problem).operand, k + r * k_row);
-            pack_tile(problem.value, r, problem.value_channels, T(1), v + r * v_row);
+            const auto pack = [&](const Tensor &t, int64_t channels, T factor, T *out) {
+                pack_tile(plan, codec, t, row_of(plan, t, job, block, r), tile, channels, factor, out);
+            };
+            pack(problem.key, problem.channels, score_factor<V>(problem).operand, k + r * k_row);
+            pack(problem.value, problem.value_channels, T(1), v + r * v_row);
             if (const Tensor &m = problem.key_mask; m.data) {
-                const uint8_t *attends = static_cast<const uint8_t *>(m.data) + offset(m, job, block, r, tile);
+                const uint8_t *attends = static_cast<const uint8_t *>(m.data) + row_of(plan, m, job, block, r) +
+                                         lane_offset(plan, m, Side::key, tile);
                 for (int l = 0; l < V::lanes; ++l)
-                    key_mask[r * V::lanes + l] = l < tile.count && attends[l * m.axis[2] * period] ? -1 : 0;
+                    key_mask[r * V::lanes + l] = l < tile.count && attends[l * lane_step(plan, m, Side::key)] ? -1 : 0;
             }
         }
     }
@@ -380,8 +363,7 @@ struct KeyPassWorker {
                 for (int64_t c = 0; c < channels * V::lanes; c += V::lanes)
                     V::store(g + c, V::keep(V::load_mask(key_mask + r * V::lanes), V::load(g + c)));
             }
-            codec.unpack(g, tile.count, channels, V::all(factor), at(codec, t, offset(t, job, block, r, tile)),
-                         t.axis[2] * plan.lane_axis.key_period, t.channel);
+            unpack_tile(plan, codec, g, Side::key, tile, channels, V::all(factor), t, row_of(plan, t, job, block, r));
         };
         for (int r = 0; r < block.rows; ++r) {
             store(problem.grad_key, r, problem.channels, T(problem.scale), sum_k + r * k_row);

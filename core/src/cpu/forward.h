@@ -140,26 +140,19 @@ struct ForwardWorker {
         }
     }
 
-    // The offset of a row of queries.
-    int64_t row_of(const Tensor &t, const Job &job, const Block &block, int r) const {
-        return job.batch * t.batch + job.head * t.head + plan.axis0.query.position[block.row0] * t.axis[0] +
-               plan.axis1.query.position[block.row + r] * t.axis[1];
-    }
-
     void finish(const Job &job, const Block &block, const LaneTile &tile, int index) {
         for (int r = 0; r < block.rows; ++r) {
             const reg total = V::load(sum + (index + r) * V::lanes);
             const reg inverse = V::inverse_of(total);
             const Tensor &out = problem.output, &lse = problem.lse;
             unpack_tile(plan, codec, o + (index + r) * o_row, Side::query, tile, problem.value_channels, inverse, out,
-                        row_of(out, job, block, r));
+                        row_of(plan, out, job, block, r));
             if (lse.data) {
                 alignas(64) T natural[V::lanes];
                 V::store(natural, (V::load(maximum + (index + r) * V::lanes) + V::log2(total)) * T(ln_2));
-                const LaneAxis &lane = plan.lane_axis;
-                const int64_t step = lane.query_period * lse.axis[2];
-                T *row = static_cast<T *>(lse.data) + row_of(lse, job, block, r) +
-                         lane.position(Side::query, tile.phase, tile.lane) * lse.axis[2];
+                const int64_t step = lane_step(plan, lse, Side::query);
+                T *row = static_cast<T *>(lse.data) + row_of(plan, lse, job, block, r) +
+                         lane_offset(plan, lse, Side::query, tile);
                 for (int l = 0; l < tile.count; ++l) row[l * step] = natural[l];
             }
         }
@@ -168,7 +161,7 @@ struct ForwardWorker {
     void begin(const Job &job, const Block &block, const LaneTile &tile, int index) {
         const Tensor &query = problem.query;
         for (int r = 0; r < block.rows; ++r) {
-            pack_tile(plan, codec, query, row_of(query, job, block, r), tile, problem.channels,
+            pack_tile(plan, codec, query, row_of(plan, query, job, block, r), tile, problem.channels,
                       score_factor<V>(problem).operand, q + (index + r) * q_row);
             V::store(maximum + (index + r) * V::lanes, V::all(-T(__builtin_inf())));
             V::store(sum + (index + r) * V::lanes, reg{});

@@ -192,11 +192,8 @@ struct JointWorker {
 
     void store(const Tensor &t, const Job &job, int64_t row0, int64_t row, Side side, const LaneTile &tile,
                int64_t channels, T factor, const T *sum) const {
-        const RowList &rows0 = side == Side::query ? plan.axis0.query : plan.axis0.key;
-        const RowList &rows1 = side == Side::query ? plan.axis1.query : plan.axis1.key;
-        const int64_t offset = job.batch * t.batch + job.head * t.head + rows0.position[row0] * t.axis[0] +
-                               rows1.position[row] * t.axis[1];
-        unpack_tile(plan, codec, sum, side, tile, channels, V::all(factor), t, offset);
+        unpack_tile(plan, codec, sum, side, tile, channels, V::all(factor), t,
+                    row_offset(plan, t, job.batch, job.head, side, row0, row));
     }
 
     // The gradients of one row of queries, summed as [tile of the strip][channel][lane].

@@ -144,10 +144,11 @@ struct Plan {
     int64_t a_heads = 0;         // heads a job is about: query heads, or kv heads when A = key
     int64_t jobs = 0;
 
-    const RowList &rows0() const { return a == Side::query ? axis0.query : axis0.key; }
-    const RowList &rows1() const { return a == Side::query ? axis1.query : axis1.key; }
-    const RowList &other0() const { return a == Side::query ? axis0.key : axis0.query; }
-    const RowList &other1() const { return a == Side::query ? axis1.key : axis1.query; }
+    const RowList &rows0(Side s) const { return s == Side::query ? axis0.query : axis0.key; }
+    const RowList &rows1(Side s) const { return s == Side::query ? axis1.query : axis1.key; }
+    const RowList &rows0() const { return rows0(a); }
+    const RowList &rows1() const { return rows1(a); }
+    Side b() const { return a == Side::query ? Side::key : Side::query; }
     int64_t strip_lanes() const { return strip_tiles * lanes; }
 };
 

@@ -21,6 +21,10 @@ struct Block {
     int64_t row0, row;
     int rows;
 };
+// The offset of row `r` of a block.
+LOCALATTN_INLINE int64_t row_of(const Plan &plan, const Tensor &t, const Job &job, const Block &block, int r) {
+    return row_offset(plan, t, job.batch, job.head, plan.a, block.row0, block.row + r);
+}
 
 // The rows of a block that pair with one row of B: [begin, end), of which [partial_begin, partial_end) only up to the
 // centre of the window (raster causal).
@@ -173,7 +177,7 @@ template <class V>
 LOCALATTN_INLINE void pack_row(const Plan &plan, const Codec<V> &codec, const Tensor &tensor, int64_t offset,
                                int64_t strip, int64_t channels, typename V::T *out, typename V::T factor = 1) {
     const LaneAxis &lane = plan.lane_axis;
-    const Side b = plan.a == Side::query ? Side::key : Side::query;
+    const Side b = plan.b();
     const int64_t period = lane.period(b), first = first_packed_lane(plan, strip);
     for (int64_t phase = 0; phase < period; ++phase) {
         const int64_t from = most(0, -first);
@@ -195,7 +199,7 @@ template <class V>
 LOCALATTN_INLINE void pack_numbers(const Plan &plan, const typename V::T *source, int64_t step2, int64_t strip,
                                    typename V::T factor, typename V::T rest, typename V::T *out) {
     const LaneAxis &lane = plan.lane_axis;
-    const Side b = plan.a == Side::query ? Side::key : Side::query;
+    const Side b = plan.b();
     const int64_t period = lane.period(b), first = first_packed_lane(plan, strip);
     for (int64_t phase = 0; phase < period; ++phase) {
         for (int64_t x = 0; x < plan.phase_stride; ++x) {
@@ -280,14 +284,12 @@ struct KeyRing {
               const Chunk &chunk) const {
         const Problem &problem = *plan.problem;
         const int64_t head = query_head / (problem.heads / problem.kv_heads);
-        const RowList &rows0 = plan.axis0.key, &rows1 = plan.axis1.key;
-        for (int64_t b0 = most(0, chunk.begin0); b0 < least(rows0.count, chunk.end0); ++b0) {
-            for (int64_t b = most(0, chunk.begin); b < least(rows1.count, chunk.end); ++b) {
-                if (!slots.claims(b0, b, rows1.count)) continue;
-                const int64_t slot = slots.of(b0, b), y0 = rows0.position[b0], y1 = rows1.position[b];
-                const auto offset = [&](const Tensor &t) {
-                    return batch * t.batch + head * t.head + y0 * t.axis[0] + y1 * t.axis[1];
-                };
+        const int64_t rows0 = plan.axis0.key.count, rows1 = plan.axis1.key.count;
+        for (int64_t b0 = most(0, chunk.begin0); b0 < least(rows0, chunk.end0); ++b0) {
+            for (int64_t b = most(0, chunk.begin); b < least(rows1, chunk.end); ++b) {
+                if (!slots.claims(b0, b, rows1)) continue;
+                const int64_t slot = slots.of(b0, b);
+                const auto offset = [&](const Tensor &t) { return row_offset(plan, t, batch, head, Side::key, b0, b); };
                 Mask *mask = key_mask ? key_mask + slot * packed : nullptr;
                 if (mask) pack_key_mask<V>(plan, offset(problem.key_mask), strip, mask);
                 pack_tensor(plan, codec, problem.key, offset(problem.key), strip, slot, keys, T(1), mask);

@@ -265,15 +265,13 @@ LOCALATTN_INLINE void stream_rows(const Plan &plan, int64_t element_size, const 
                                   int64_t head, int64_t strip, bool of_a, int64_t row0, int64_t begin, int64_t end,
                                   int64_t channels, Stream &stream) {
     const LaneAxis &lane = plan.lane_axis;
-    const Side side = of_a ? plan.a : plan.a == Side::query ? Side::key : Side::query;
-    const RowList &rows0 = of_a ? plan.rows0() : plan.other0(), &rows1 = of_a ? plan.rows1() : plan.other1();
+    const Side side = of_a ? plan.a : plan.b();
     const int64_t first = of_a ? strip * plan.strip_lanes() : first_packed_lane(plan, strip);
     const int64_t count = of_a ? plan.strip_lanes() : plan.phase_stride;
     const int64_t from = most(0, first * lane.period(side));
     const int64_t to = least(lane.extent(side), (first + count) * lane.period(side));
-    for (int64_t row = most(0, begin); row < least(end, rows1.count); ++row) {
-        const int64_t offset = batch * tensor.batch + head * tensor.head + rows0.position[row0] * tensor.axis[0] +
-                               rows1.position[row] * tensor.axis[1];
+    for (int64_t row = most(0, begin); row < least(end, plan.rows1(side).count); ++row) {
+        const int64_t offset = row_offset(plan, tensor, batch, head, side, row0, row);
         stream.add_row(static_cast<const char *>(tensor.data) + offset * element_size, element_size, tensor.axis[2],
                        tensor.channel, from, to, channels);
     }

@@ -99,13 +99,12 @@ struct OneRing {
     }
     // Makes the chunk's rows that are in the map be there.
     void pack(const Plan &plan, const Codec<V> &codec, const Tensor &t, const Job &job, const Chunk &chunk) const {
-        const RowList &rows0 = plan.other0(), &rows1 = plan.other1();
-        for (int64_t b0 = most(0, chunk.begin0); b0 < least(rows0.count, chunk.end0); ++b0) {
-            for (int64_t b = most(0, chunk.begin); b < least(rows1.count, chunk.end); ++b) {
-                if (!slots.claims(b0, b, rows1.count)) continue;
-                const int64_t offset = job.batch * t.batch + job.head * t.head + rows0.position[b0] * t.axis[0] +
-                                       rows1.position[b] * t.axis[1];
-                pack_tensor(plan, codec, t, offset, job.strip, slots.of(b0, b), rows);
+        const int64_t rows0 = plan.rows0(plan.b()).count, rows1 = plan.rows1(plan.b()).count;
+        for (int64_t b0 = most(0, chunk.begin0); b0 < least(rows0, chunk.end0); ++b0) {
+            for (int64_t b = most(0, chunk.begin); b < least(rows1, chunk.end); ++b) {
+                if (!slots.claims(b0, b, rows1)) continue;
+                pack_tensor(plan, codec, t, row_offset(plan, t, job.batch, job.head, plan.b(), b0, b), job.strip,
+                            slots.of(b0, b), rows);
             }
         }
     }
@@ -144,17 +143,9 @@ struct ProductWorker {
         w.entries = arena.take<T>(entries);
     }
 
-    int64_t offset(const Tensor &t, const Job &job, const Block &block, int r, const LaneTile &tile) const {
-        return job.batch * t.batch + job.head * t.head + plan.rows0().position[block.row0] * t.axis[0] +
-               plan.rows1().position[block.row + r] * t.axis[1] +
-               (tile.phase + plan.lane_axis.period(plan.a) * tile.lane) * t.axis[2];
-    }
-    int64_t position_stride(const Tensor &t) const { return t.axis[2] * plan.lane_axis.period(plan.a); }
-
     void pack_a(const Tensor &t, const Job &job, const Block &block, const LaneTile &tile) {
         for (int r = 0; r < block.rows; ++r)
-            codec.pack(at(codec, t, offset(t, job, block, r, tile)), position_stride(t), t.channel, 0, tile.count,
-                       V::lanes, problem.channels, T(1), a + r * a_row, V::lanes);
+            pack_tile(plan, codec, t, row_of(plan, t, job, block, r), tile, problem.channels, T(1), a + r * a_row);
     }
     void clear_a(const Block &block) {
         for (int r = 0; r < block.rows; ++r)
@@ -162,8 +153,8 @@ struct ProductWorker {
     }
     void unpack_a(const Tensor &t, const Job &job, const Block &block, const LaneTile &tile) {
         for (int r = 0; r < block.rows; ++r)
-            codec.unpack(a + r * a_row, tile.count, problem.channels, V::all(T(1)),
-                         at(codec, t, offset(t, job, block, r, tile)), position_stride(t), t.channel);
+            unpack_tile(plan, codec, a + r * a_row, plan.a, tile, problem.channels, V::all(T(1)), t,
+                        row_of(plan, t, job, block, r));
     }
 
     const RingSlots &packed_rows() const { return ring.slots; }
@@ -214,9 +205,8 @@ struct ScoreWorker : ProductWorker<V> {
     void write(const Job &job, const Block &block, int r, const LaneTile &tile, const T *from, int64_t first,
                int64_t count) {
         const Tensor &t = problem.entries;
-        codec.unpack(from, tile.count, entries_left(problem, first, count), V::all(T(1)),
-                     at(codec, t, this->offset(t, job, block, r, tile) + first * t.channel), this->position_stride(t),
-                     t.channel);
+        unpack_tile(plan, codec, from, Side::query, tile, entries_left(problem, first, count), V::all(T(1)), t,
+                    row_of(plan, t, job, block, r) + first * t.channel);
     }
 
     void write_scores(const Job &job, const Block &block, int64_t i, const Chunk &chunk) {
@@ -322,8 +312,8 @@ struct WeighWorker : ProductWorker<V> {
                 const RowSpan span = keys_of_row(plan, block, r, b0, chunk);
                 if (span.begin >= span.end) continue;
                 const int64_t left = entries_left(problem, span.first, (span.end - span.begin) * kernel);
-                codec.pack(at(codec, t, this->offset(t, job, block, r, tile) + span.first * t.channel),
-                           this->position_stride(t), t.channel, 0, tile.count, V::lanes, left, T(1), entries, V::lanes);
+                pack_tile(plan, codec, t, row_of(plan, t, job, block, r) + span.first * t.channel, tile, left, T(1),
+                          entries);
                 for (int64_t b = span.begin; b < span.end; ++b) {
                     const int64_t before = (b - span.begin) * kernel;
                     const T *from = entries + before * L;
@@ -390,7 +380,6 @@ struct TransposedWorker : ProductWorker<V> {
         const int64_t kernel = slots.kernel, L = V::lanes;
         const Tensor &t = problem.entries;
         const Mask *real = slots.real_of(i);
-        const RowList &rows0 = plan.axis0.query, &rows1 = plan.axis1.query;
         const RingSlots held{tag, plan.ring0, plan.ring1};
         for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
             for (int64_t b = chunk.begin; b < chunk.end; ++b) {
@@ -401,11 +390,10 @@ struct TransposedWorker : ProductWorker<V> {
                 const int64_t first = (u0 * axis[1].kernel + u1) * kernel;
                 const int64_t left = entries_left(problem, first, (paired.end - paired.begin) * kernel);
                 T *packed = entries + held.of(b0, b) * most_entries(plan) * plan.packed;
-                if (held.claims(b0, b, rows1.count)) {
-                    const int64_t offset = job.batch * t.batch + job.head * t.head + rows0.position[b0] * t.axis[0] +
-                                           rows1.position[b] * t.axis[1] + first * t.channel;
-                    pack_row<V>(plan, codec, t, offset, job.strip, left, packed);
-                }
+                if (held.claims(b0, b, plan.axis1.query.count))
+                    pack_row<V>(plan, codec, t,
+                                row_offset(plan, t, job.batch, job.head, Side::query, b0, b) + first * t.channel,
+                                job.strip, left, packed);
                 for (int r = paired.begin; r < paired.end; ++r) {
                     const int64_t before = (r - paired.begin) * kernel;
                     const T *from = packed + before * plan.packed + tile.column;
