@@ -203,34 +203,27 @@ struct QueryRing {
     void pack(const Plan &plan, const Codec<V> &codec, int64_t batch, int64_t head, int64_t strip, const Chunk &chunk,
               T factor) const {
         const Problem &problem = *plan.problem;
-        const int64_t rows1 = plan.axis1.query.count;
         const int64_t columns = plan.phase_stride * plan.lane_axis.query_period;
-        for (int64_t b0 = chunk.begin0; b0 < chunk.end0; ++b0) {
-            for (int64_t b = chunk.begin; b < chunk.end; ++b) {
-                if (!slots.claims(b0, b, rows1)) continue;
-                const int64_t slot = slots.of(b0, b);
-                const auto offset = [&](const Tensor &t) {
-                    return row_offset(plan, t, batch, head, Side::query, b0, b);
-                };
-                const T *go = grad_outputs.scores.data + slot * grad_outputs.scores.row;
-                T *l = lse + slot * plan.packed, *d = delta + slot * plan.packed;
-                pack_tensor(plan, codec, problem.query, offset(problem.query), strip, slot, queries, factor);
-                pack_tensor(plan, codec, problem.grad_output, offset(problem.grad_output), strip, slot, grad_outputs);
-                pack_row<V>(plan, codec, problem.output, offset(problem.output), strip, problem.value_channels, output);
-                pack_numbers<V>(plan, static_cast<const T *>(problem.lse.data) + offset(problem.lse),
-                                problem.lse.axis[2], strip, T(log2_e), -T(__builtin_inf()), l);
-                if (problem.grad_lse.data)
-                    pack_numbers<V>(plan, static_cast<const T *>(problem.grad_lse.data) + offset(problem.grad_lse),
-                                    problem.grad_lse.axis[2], strip, T(-1), T(0), d);
-                for (int64_t x = 0; x < columns; x += V::lanes) {
-                    reg sum = problem.grad_lse.data ? V::load(d + x) : reg{};
-                    for (int64_t c = 0; c < V::words(problem.value_channels); ++c)
-                        sum = V::multiply_add(sum, V::load(go + c * plan.packed + x),
-                                              V::load(output + c * plan.packed + x));
-                    store_statistics<V>(V::load(l + x), sum, l + x, d + x);
-                }
+        each_missing(plan, slots, chunk, [&](int64_t b0, int64_t b, int64_t slot) {
+            const auto offset = [&](const Tensor &t) { return row_offset(plan, t, batch, head, Side::query, b0, b); };
+            const T *go = grad_outputs.scores.data + slot * grad_outputs.scores.row;
+            T *l = lse + slot * plan.packed, *d = delta + slot * plan.packed;
+            pack_tensor(plan, codec, problem.query, offset(problem.query), strip, slot, queries, factor);
+            pack_tensor(plan, codec, problem.grad_output, offset(problem.grad_output), strip, slot, grad_outputs);
+            pack_row<V>(plan, codec, problem.output, offset(problem.output), strip, problem.value_channels, output);
+            pack_numbers<V>(plan, static_cast<const T *>(problem.lse.data) + offset(problem.lse), problem.lse.axis[2],
+                            strip, T(log2_e), -T(__builtin_inf()), l);
+            if (problem.grad_lse.data)
+                pack_numbers<V>(plan, static_cast<const T *>(problem.grad_lse.data) + offset(problem.grad_lse),
+                                problem.grad_lse.axis[2], strip, T(-1), T(0), d);
+            for (int64_t x = 0; x < columns; x += V::lanes) {
+                reg sum = problem.grad_lse.data ? V::load(d + x) : reg{};
+                for (int64_t c = 0; c < V::words(problem.value_channels); ++c)
+                    sum =
+                        V::multiply_add(sum, V::load(go + c * plan.packed + x), V::load(output + c * plan.packed + x));
+                store_statistics<V>(V::load(l + x), sum, l + x, d + x);
             }
-        }
+        });
     }
 };
 template <class V>

@@ -215,7 +215,7 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
     plan.axis1 = make_row_axis(problem.axis[1], arena);
     plan.lane_axis = make_lane_axis(problem, options);
     const LaneAxis &lane = plan.lane_axis;
-    const Side a = options.a, b = a == Side::query ? Side::key : Side::query;
+    const Side a = plan.a, b = plan.b();
     plan.most_slots = lane.most_slots(a);
 
     // Rows of A that one block can have, and rows of B that such a block can pair with.
@@ -281,7 +281,7 @@ Plan make_plan(const Problem &problem, const PlanOptions &options, Arena &arena)
 
     // Segments: enough jobs for every worker to have several, none so short that refilling the ring dominates.
     const RowAxis &rows = plan.axis1;
-    const int64_t rows_a = from_queries ? rows.query.count : rows.key.count;
+    const int64_t rows_a = plan.rows1().count;
     plan.a_heads = from_queries ? problem.heads : problem.kv_heads;
     const int64_t planes = plan.sweeps ? 1 : plan.rows0().count;
     const int64_t others = problem.batch * plan.a_heads * planes * plan.strips * rows.classes;
@@ -339,7 +339,7 @@ void add_slot(const Plan &plan, int64_t b_phase, int64_t offset, LaneTile &tile)
     const LaneAxis &lane = plan.lane_axis;
     const Axis &axis = lane.axis;
     LanePattern &pattern = tile.own;
-    const Side a = plan.a, b = a == Side::query ? Side::key : Side::query;
+    const Side a = plan.a, b = plan.b();
     const int64_t cell = static_cast<int64_t>(pattern.slots) * plan.lanes;
     bool any = false, lacks = false, lacks_real = false;
     for (int l = 0; l < plan.lanes; ++l) {
@@ -461,7 +461,7 @@ LaneTile *take_tiles(const Plan &plan, Arena &arena) {
 
 void build_tiles(const Plan &plan, int64_t strip, LaneTile *tiles) {
     const LaneAxis &lane = plan.lane_axis;
-    const Side a = plan.a, b = a == Side::query ? Side::key : Side::query;
+    const Side a = plan.a, b = plan.b();
     for (int64_t phase = 0; phase < lane.period(a); ++phase) {
         const LanePattern *before = nullptr;
         for (int64_t i = -plan.halo_tiles; i < plan.strip_tiles + plan.halo_tiles; ++i) {

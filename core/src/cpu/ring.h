@@ -172,6 +172,15 @@ struct RingSlots {
     }
 };
 
+// body(b0, b, slot) for the chunk's rows of B that are in the map and not in the ring; marks them as there.
+template <class Body>
+LOCALATTN_INLINE void each_missing(const Plan &plan, const RingSlots &slots, const Chunk &chunk, const Body &body) {
+    const int64_t rows0 = plan.rows0(plan.b()).count, rows1 = plan.rows1(plan.b()).count;
+    for (int64_t b0 = most(0, chunk.begin0); b0 < least(rows0, chunk.end0); ++b0)
+        for (int64_t b = most(0, chunk.begin); b < least(rows1, chunk.end); ++b)
+            if (slots.claims(b0, b, rows1)) body(b0, b, slots.of(b0, b));
+}
+
 // Packs one row of B for a strip: all phases, all positions that the strip's tiles read, zeros outside the map.
 template <class V>
 LOCALATTN_INLINE void pack_row(const Plan &plan, const Codec<V> &codec, const Tensor &tensor, int64_t offset,
@@ -284,18 +293,13 @@ struct KeyRing {
               const Chunk &chunk) const {
         const Problem &problem = *plan.problem;
         const int64_t head = query_head / (problem.heads / problem.kv_heads);
-        const int64_t rows0 = plan.axis0.key.count, rows1 = plan.axis1.key.count;
-        for (int64_t b0 = most(0, chunk.begin0); b0 < least(rows0, chunk.end0); ++b0) {
-            for (int64_t b = most(0, chunk.begin); b < least(rows1, chunk.end); ++b) {
-                if (!slots.claims(b0, b, rows1)) continue;
-                const int64_t slot = slots.of(b0, b);
-                const auto offset = [&](const Tensor &t) { return row_offset(plan, t, batch, head, Side::key, b0, b); };
-                Mask *mask = key_mask ? key_mask + slot * packed : nullptr;
-                if (mask) pack_key_mask<V>(plan, offset(problem.key_mask), strip, mask);
-                pack_tensor(plan, codec, problem.key, offset(problem.key), strip, slot, keys, T(1), mask);
-                pack_tensor(plan, codec, problem.value, offset(problem.value), strip, slot, values, T(1), mask);
-            }
-        }
+        each_missing(plan, slots, chunk, [&](int64_t b0, int64_t b, int64_t slot) {
+            const auto offset = [&](const Tensor &t) { return row_offset(plan, t, batch, head, Side::key, b0, b); };
+            Mask *mask = key_mask ? key_mask + slot * packed : nullptr;
+            if (mask) pack_key_mask<V>(plan, offset(problem.key_mask), strip, mask);
+            pack_tensor(plan, codec, problem.key, offset(problem.key), strip, slot, keys, T(1), mask);
+            pack_tensor(plan, codec, problem.value, offset(problem.value), strip, slot, values, T(1), mask);
+        });
     }
 };
 // The forward sums values by scores of keys; the backward's tiles of queries sum keys by scores of both.

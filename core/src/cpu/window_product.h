@@ -99,14 +99,10 @@ struct OneRing {
     }
     // Makes the chunk's rows that are in the map be there.
     void pack(const Plan &plan, const Codec<V> &codec, const Tensor &t, const Job &job, const Chunk &chunk) const {
-        const int64_t rows0 = plan.rows0(plan.b()).count, rows1 = plan.rows1(plan.b()).count;
-        for (int64_t b0 = most(0, chunk.begin0); b0 < least(rows0, chunk.end0); ++b0) {
-            for (int64_t b = most(0, chunk.begin); b < least(rows1, chunk.end); ++b) {
-                if (!slots.claims(b0, b, rows1)) continue;
-                pack_tensor(plan, codec, t, row_offset(plan, t, job.batch, job.head, plan.b(), b0, b), job.strip,
-                            slots.of(b0, b), rows);
-            }
-        }
+        each_missing(plan, slots, chunk, [&](int64_t b0, int64_t b, int64_t slot) {
+            pack_tensor(plan, codec, t, row_offset(plan, t, job.batch, job.head, plan.b(), b0, b), job.strip, slot,
+                        rows);
+        });
     }
 };
 
